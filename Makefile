@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first (Python 3.11+, gcc and pip needed).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+# one thread a process: two processes share two cores
+THREADS = $(if $(filter cpu,$(DS_ACCELERATOR)),OMP_NUM_THREADS=1 )
+PROCESSES = $(if $(filter cpu,$(DS_ACCELERATOR)),--num_accelerators 2,)
+STAMP := $(VENV)/.installed
+
+.PHONY: demo install test test-all lint doctor clean
+
+demo: install
+	$(THREADS)deepspeed $(PROCESSES) launch/train.py --config launch/recipes/nano_demo.yaml
+
+install: $(STAMP)
+
+# DeepSpeed comes as source and imports torch in its set-up, so torch goes first and its build is not isolated.
+# The last line compiles DeepSpeed's small communication op for the CPU once, so that no run waits for it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja py-cpuinfo
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/python launch/doctor.py --prepare
+	touch $(STAMP)
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadgroup
+
+test-all: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+doctor: install
+	$(BIN)/python launch/doctor.py
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

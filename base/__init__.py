@@ -1,0 +1,1 @@
+"""Floor 0: errors, the shape legend, files, seeds, process-group helpers. Imports no other room."""

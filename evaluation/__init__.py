@@ -1,0 +1,1 @@
+"""Floor 4: tasks, likelihood ranking, exact match, intervals, tables, the report."""

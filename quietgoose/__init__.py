@@ -1,0 +1,22 @@
+"""quietgoose: LoRA experts, routed per token.
+
+>>> import quietgoose
+>>> model = quietgoose.load("runs/nano_demo/export")   # a Hugging Face causal LM; every token picks its experts
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .version import __version__
+
+__all__ = ["__version__", "load", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    # lazily, so that `import quietgoose` costs no torch import
+    if name in {"load", "merge"}:
+        from .train import export
+
+        return getattr(export, name)
+    raise AttributeError(f"module 'quietgoose' has no attribute {name!r}")

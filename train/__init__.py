@@ -1,0 +1,1 @@
+"""Floor 4: recipe, data, jobs, the DeepSpeed engine, checkpoints, tracking, export."""

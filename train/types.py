@@ -1,0 +1,77 @@
+"""The nouns that flow between data, jobs, engine and tracking. Axes: base/axes.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of packed rows on one rank.
+
+    tokens_BT    int64, token ids; padding holds the pad id
+    labels_BT    int64, already shifted: labels[b, t] is the token that position t must predict, -100 if none
+    position_BT  int64, restarts at 0 with every document
+    segment_BT   int32, 1, 2, ... numbers the documents of a row; 0 is padding
+    expert_B     int64, the expert (loss term) every row belongs to
+    """
+
+    tokens_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    position_BT: torch.Tensor
+    segment_BT: torch.Tensor
+    expert_B: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            *(
+                getattr(self, name).to(device, non_blocking=True)
+                for name in ("tokens_BT", "labels_BT", "position_BT", "segment_BT", "expert_B")
+            )
+        )
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank needs for one optimizer step.
+
+    micro      this rank's micro-batches, the same number on every rank
+    count_E    float64 on the CPU: label tokens of each loss term over ALL ranks and micro-batches of the step;
+               known without communication, because the order of rows is a pure function of seed and step
+    step       0-based optimizer step
+    tokens     non-padding tokens of the step over all ranks
+    """
+
+    step: int
+    micro: tuple[Batch, ...]
+    count_E: torch.Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A job's result on one micro-batch: per term (an expert, or the one term `loss`) a differentiable fp32 sum.
+
+    The engine's loss is sum_e sum_E[e] / count_E[e] over the whole step, hence independent of world size,
+    accumulation and ZeRO stage.
+    """
+
+    sum_E: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the engine says of one optimizer step; the same on every rank."""
+
+    step: int
+    loss: float
+    losses: Mapping[str, float]
+    gradient_norms: Mapping[str, float]
+    learning_rate: float
+    tokens: int
+    seconds: float
+    skipped: bool = False
+    extra: Mapping[str, float] = field(default_factory=dict)
