@@ -37,7 +37,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_import_contracts.py
 
 doctor: install
 	$(BIN)/python launch/doctor.py
