@@ -10,12 +10,12 @@ from typing import Any
 
 from .version import __version__
 
-__all__ = ["__version__", "load", "merge"]
+__all__ = ["__version__", "load", "load_tokenizer", "merge"]
 
 
 def __getattr__(name: str) -> Any:
     # lazily, so that `import quietgoose` costs no torch import
-    if name in {"load", "merge"}:
+    if name in {"load", "load_tokenizer", "merge"}:
         from .train import export
 
         return getattr(export, name)

@@ -1,0 +1,108 @@
+"""Routed LoRA in plain PyTorch: masked concatenation, per-row adapters, and the naive twin both are tested against.
+
+    y_t = sum_i w_ti s_i B_i (A_i x_t)          (PHATGOOSE, section "inference"; w is 0 for unselected experts)
+
+The maths, shapes and costs are in README.md. Callers: routing/. No function here synchronises with the host or forms
+a [T, N, O] tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def routed_lora(x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, weights_TN: Tensor) -> Tensor:
+    """The routed sum [T, O] by masked concatenation: two products and one pointwise step.
+
+    x_TI        tokens
+    a_RI        the experts' A, one below the other; slot order = expert order
+    b_OR        the experts' s_i B_i side by side (scale folded in)
+    weights_TN  weight of each expert for each token, 0 if unselected; N must divide R (all experts have R/N slots).
+                Mixed ranks: one column per rank slot, that is N = R (see `slot_weights`). T may be 1 (same for all).
+    """
+    return functional.linear(_weighted_shrink(x_TI, a_RI, weights_TN), b_OR)
+
+
+def add_routed_lora(y_TO: Tensor, x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, weights_TN: Tensor) -> Tensor:
+    """y + routed_lora(x, ...) with the sum inside the second product. Without gradients y itself is updated."""
+    h_TR = _weighted_shrink(x_TI, a_RI, weights_TN)
+    if torch.is_grad_enabled():
+        return torch.addmm(y_TO, h_TR, b_OR.t())
+    return y_TO.addmm_(h_TR, b_OR.t())
+
+
+def slot_weights(weights_TN: Tensor, owner_R: Tensor) -> Tensor:
+    """Weights per rank slot [T, R] for mixed ranks; owner_R int64 names the expert of each slot."""
+    return weights_TN.index_select(1, owner_R)
+
+
+def dense_weights(weights_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
+    """[T, K] weights and indices scattered into [T, N]; unselected experts get 0."""
+    zeros_TN = weights_TK.new_zeros(weights_TK.shape[0], num_experts)
+    return zeros_TN.scatter(1, index_TK, weights_TK)
+
+
+def add_row_lora(
+    y_BTO: Tensor,
+    x_BTI: Tensor,
+    a_BRI: Tensor,
+    b_BOR: Tensor,
+    gate_BT1: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """y + scale * g * B_e (A_e x) where row b has its own adapter a_BRI[b], b_BOR[b]; two batched products.
+
+    This is masked concatenation with one-hot rows without the zeros: cost of one expert, whatever N is.
+    gate_BT1 is the gate training's sigmoid, or None for 1.
+    """
+    h_BTR = torch.bmm(x_BTI, a_BRI.transpose(1, 2))
+    if gate_BT1 is not None:
+        h_BTR = h_BTR * gate_BT1
+    return torch.baddbmm(y_BTO, h_BTR, b_BOR.transpose(1, 2), alpha=scale)
+
+
+def naive(x_TI: Tensor, adapters: Sequence[tuple[Tensor, Tensor, float]], weights_TN: Tensor) -> Tensor:
+    """The specification: a Python loop over experts and tokens with (A_i [r_i, I], B_i [O, r_i], s_i)."""
+    y_TO = x_TI.new_zeros(x_TI.shape[0], adapters[0][1].shape[0])
+    for t in range(x_TI.shape[0]):
+        for i, (a, b, scale) in enumerate(adapters):
+            y_TO[t] += weights_TN[t, i] * scale * (b @ (a @ x_TI[t]))
+    return y_TO
+
+
+def _weighted_shrink(x_TI: Tensor, a_RI: Tensor, weights_TN: Tensor) -> Tensor:
+    h_TR = functional.linear(x_TI, a_RI)
+    num_columns = weights_TN.shape[1]
+    if num_columns == a_RI.shape[0]:
+        return h_TR * weights_TN
+    return (h_TR.unflatten(1, (num_columns, -1)) * weights_TN.unsqueeze(2)).flatten(1)
+
+
+class _GateLogits(torch.autograd.Function):
+    """x . v per row with fp32 accumulation, keeping x in its own dtype for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x_BTI: Tensor, v_BI: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x_BTI, v_BI)
+        return torch.bmm(x_BTI.to(v_BI.dtype), v_BI.unsqueeze(2))
+
+    @staticmethod
+    def backward(ctx, grad_BT1: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[override]
+        x_BTI, v_BI = ctx.saved_tensors
+        grad_v = torch.bmm(grad_BT1.transpose(1, 2), x_BTI.to(v_BI.dtype)).squeeze(1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_BT1 * v_BI.unsqueeze(1)).to(x_BTI.dtype)
+        return grad_x, grad_v
+
+
+def gate_logits(x_BTI: Tensor, v_BI: Tensor) -> Tensor:
+    """x_bt . v_b [B, T, 1] in v's dtype (fp32): the logit of PHATGOOSE's training gate, raw input, no scaling.
+
+    Saves x as it is (bf16 stays bf16), not an fp32 copy of it: phatgoose.md 1.2, "Backward".
+    """
+    return _GateLogits.apply(x_BTI, v_BI)  # type: ignore[no-any-return]

@@ -1,0 +1,176 @@
+"""The linear that takes adapters, and the adapter of routed inference.
+
+`RoutedLinear` computes base(x) and hands x and y to its adapter, if it has one. Adapters: `RoutedBank` (inference,
+here) and the row adapters of training.py. No host synchronisation; compiles with fullgraph=True.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import QuietGooseError, RecipeError
+from ..kernels.routed_lora import add_routed_lora, dense_weights, slot_weights
+from .expert import SiteAdapter
+from .routers import RouterKind, Routing
+
+
+class RoutedLinear(nn.Module):
+    """`y = base(x)`, plus what the adapter adds. The base linear is the model's own module, untouched."""
+
+    def __init__(self, name: str, base: nn.Linear) -> None:
+        super().__init__()
+        self.name = name
+        self.base = base
+        self.adapter: nn.Module | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> y [..., O]."""
+        y = self.base(x)
+        return y if self.adapter is None else self.adapter(x, y)
+
+    def route(self, x: Tensor) -> Routing:
+        """The experts this site would choose for x [..., I], tokens flattened."""
+        if not isinstance(self.adapter, RoutedBank):
+            raise QuietGooseError(
+                f"site {self.name} has no routed experts; attach a library first", code="RTE-001"
+            )
+        return self.adapter.route(x.flatten(0, -2))
+
+
+class RoutingContext:
+    """Shared by all sites of a model, held by reference: the expert of every row, while `assign_rows` is open."""
+
+    def __init__(self) -> None:
+        self.expert_B: Tensor | None = None
+
+    def expert_T(self, num_tokens: int) -> Tensor:
+        """The expert of every token, rows being equally long."""
+        if self.expert_B is None:
+            raise QuietGooseError(
+                "router oracle: the rows' experts are not set; wrap the call in assign_rows(model, experts)",
+                code="RTE-002",
+            )
+        num_rows = self.expert_B.shape[0]
+        if num_tokens % num_rows:
+            raise QuietGooseError(
+                f"assign_rows named {num_rows} rows, but a site sees {num_tokens} tokens, no multiple of that; "
+                "pass one expert for every row of the batch",
+                code="RTE-002",
+            )
+        return self.expert_B.repeat_interleave(num_tokens // num_rows)
+
+
+class RoutedBank(nn.Module):
+    """All experts of one site side by side (masked concat) and the router that weighs them.
+
+    a_RI, b_OR   concatenated once when attached, in the base's dtype, scale folded into B in fp32
+    vectors_NI   prepared routing vectors, fp32, zero rows for absent experts
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    owner_R: Tensor | None
+    present_N: Tensor | None
+    vectors_NI: Tensor | None
+
+    def __init__(
+        self, site: str, adapters: Sequence[SiteAdapter | None], like: Tensor, context: RoutingContext
+    ) -> None:
+        super().__init__()
+        present = [a is not None for a in adapters]
+        found = [a for a in adapters if a is not None]
+        owner = [i for i, a in enumerate(adapters) if a is not None for _ in range(a.a_RI.shape[0])]
+        equal = all(present) and len({a.a_RI.shape[0] for a in found}) == 1
+        self.site, self.context = site, context
+        self.num_experts, self.num_present = len(adapters), len(found)
+        self._slots = _slot_ranges(adapters)
+        device = like.device
+        self._keep("a_RI", torch.cat([a.a_RI for a in found]).to(device, like.dtype))
+        self._keep("b_OR", torch.cat([a.scale * a.b_OR.float() for a in found], dim=1).to(device, like.dtype))
+        self._keep("owner_R", None if equal else torch.tensor(owner, device=device))
+        self._keep("present_N", None if all(present) else torch.tensor(present, device=device))
+        self._keep("vectors_NI", None)
+        self.kind: RouterKind | None = None
+        self.single: int | None = None
+        self.k = 0
+
+    def use_router(self, kind: RouterKind, vectors_NI: Tensor, k: int) -> None:
+        """Weigh experts by a scoring router; `vectors_NI` raw, with any rows for absent experts."""
+        if k < 1:
+            raise RecipeError(f"router.k is {k}; it must be at least 1", code="CFG-024")
+        if tuple(vectors_NI.shape) != (self.num_experts, self.a_RI.shape[1]):
+            raise RecipeError(
+                f"site {self.site}: routing vectors have shape {tuple(vectors_NI.shape)}, expected "
+                f"{(self.num_experts, self.a_RI.shape[1])} (experts, input width)",
+                code="CFG-024",
+            )
+        prepared = kind.prepare(vectors_NI.to(torch.promote_types(vectors_NI.dtype, torch.float32)))
+        self._keep("vectors_NI", prepared.to(self.a_RI.device))
+        self.kind, self.single, self.k = kind, None, min(k, self.num_present)
+
+    def use_expert(self, index: int) -> None:
+        """Every token takes one expert, with weight 1."""
+        self.kind, self.single = None, index
+
+    def use_rows(self) -> None:
+        """Every row takes the expert that the context names (oracle)."""
+        self.kind, self.single = None, None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + routed sum, x [..., I], y [..., O]."""
+        x_TI, y_TO = x.flatten(0, -2), y.flatten(0, -2)
+        if self.single is not None:
+            return self._one(x_TI, y_TO).view_as(y)
+        routing = self.route(x_TI)
+        weights = dense_weights(routing.weights_TK.to(x.dtype), routing.index_TK, self.num_experts)
+        if self.owner_R is not None:
+            weights = slot_weights(weights, self.owner_R)
+        return add_routed_lora(y_TO, x_TI, self.a_RI, self.b_OR, weights).view_as(y)
+
+    def route(self, x_TI: Tensor) -> Routing:
+        """Weights and indices of the experts of every token."""
+        if self.kind is not None and self.vectors_NI is not None:
+            return self.kind.score(x_TI, self.vectors_NI, self.k, self.present_N)
+        if self.single is not None:
+            index_T = torch.full((x_TI.shape[0],), self.single, dtype=torch.int64, device=x_TI.device)
+        else:
+            index_T = self.context.expert_T(x_TI.shape[0])
+        return Routing(torch.ones_like(index_T, dtype=torch.float32)[:, None], index_T[:, None])
+
+    def _one(self, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+        start, stop = self._slots[self.single or 0]
+        if start == stop:
+            return y_TO
+        ones = self.b_OR.new_ones(1, 1)
+        return add_routed_lora(y_TO, x_TI, self.a_RI[start:stop], self.b_OR[:, start:stop], ones)
+
+    def _keep(self, name: str, tensor: Tensor | None) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+
+def _slot_ranges(adapters: Sequence[SiteAdapter | None]) -> list[tuple[int, int]]:
+    ranges, start = [], 0
+    for adapter in adapters:
+        stop = start + (0 if adapter is None else adapter.a_RI.shape[0])
+        ranges.append((start, stop))
+        start = stop
+    return ranges

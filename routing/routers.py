@@ -1,0 +1,167 @@
+"""Routers: pure functions from tokens and one vector per expert to the experts of every token.
+
+One signature: `router(x_TI, vectors_NI, k, present_N) -> Routing`. `vectors_NI` are already prepared by the router's
+`prepare` step (done once, when experts are attached), so that a call costs few kernels. Scores are fp32 (fp64 stays
+fp64); ties go to the lower index (stable sort); an expert that lacks the site scores -inf, and the caller passes
+k <= number of present experts (a Python number, hence no host synchronisation here). Source: phatgoose.md 1.3, 1.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..base.errors import RecipeError, suggest
+from ..base.seeding import generator
+from .expert import Expert
+from .library import ExpertLibrary
+
+EPSILON_NORM = 1e-5
+EPSILON_SUM = 1e-6
+ARROW_TEMPERATURE = 10.0
+
+
+class Routing(NamedTuple):
+    """Who handles each token: weights_TK and index_TK (int64, on the library's axis N), largest weight first."""
+
+    weights_TK: Tensor
+    index_TK: Tensor
+
+
+RouterFunction = Callable[[Tensor, Tensor, int, Tensor | None], Routing]
+
+
+def standardise(x_TI: Tensor) -> Tensor:
+    """Layer norm without affine, eps 1e-5, population variance, in at least fp32."""
+    wide = x_TI.to(torch.promote_types(x_TI.dtype, torch.float32))
+    return functional.layer_norm(wide, wide.shape[-1:], eps=EPSILON_NORM)
+
+
+def prepare_phatgoose(vectors_NI: Tensor) -> Tensor:
+    """layernorm(v) / sqrt(d_in) in fp32: the part of the score that does not depend on the token."""
+    return standardise(vectors_NI) / math.sqrt(vectors_NI.shape[1])
+
+
+def phatgoose(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None = None) -> Routing:
+    """z = layernorm(x) . layernorm(v) / sqrt(d); softmax over all N; k largest; w = p / (sum of chosen p + 1e-6)."""
+    scores_TN = functional.linear(standardise(x_TI), vectors_NI)
+    return _top_k(scores_TN, k, present_N)
+
+
+def prepare_arrow(vectors_NI: Tensor) -> Tensor:
+    """Unit vectors divided by the authors' temperature 10."""
+    return functional.normalize(vectors_NI, dim=1) / ARROW_TEMPERATURE
+
+
+def arrow(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None = None) -> Routing:
+    """Arrow (Ostapenko et al. 2024): score |x . v| with v the top right singular vector of B A."""
+    wide = x_TI.to(torch.promote_types(x_TI.dtype, torch.float32))
+    return _top_k(functional.linear(wide, vectors_NI).abs(), k, present_N)
+
+
+def uniform(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None = None) -> Routing:
+    """All present experts with weight 1/N each; k is not used. Equals the product-mean merge where all are present."""
+    present = torch.ones_like(vectors_NI[:, 0]) if present_N is None else present_N.to(vectors_NI.dtype)
+    weights_TK = (present / len(present)).expand(x_TI.shape[0], -1)
+    index_TK = torch.arange(len(present), device=x_TI.device).expand(x_TI.shape[0], -1)
+    return Routing(weights_TK, index_TK)
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """A scoring function and what it does to the vectors once."""
+
+    score: RouterFunction
+    prepare: Callable[[Tensor], Tensor]
+
+
+KINDS: dict[str, RouterKind] = {
+    "phatgoose": RouterKind(phatgoose, prepare_phatgoose),
+    "average_activation": RouterKind(phatgoose, prepare_phatgoose),
+    "random": RouterKind(phatgoose, prepare_phatgoose),
+    "arrow": RouterKind(arrow, prepare_arrow),
+    "uniform": RouterKind(uniform, lambda vectors_NI: vectors_NI),
+}
+ROUTERS: tuple[str, ...] = (*KINDS, "oracle")
+
+SiteVectors = dict[str, dict[str, Tensor]]
+"""site name -> expert name -> vector [I]"""
+
+
+def gate_vectors(library: ExpertLibrary) -> SiteVectors:
+    """The trained gates. RecipeError (CFG-022) if an expert has none."""
+    vectors: SiteVectors = {site: {} for site in library.sites}
+    for expert in library:
+        if expert.gates is None:
+            raise RecipeError(
+                f"router phatgoose: expert {expert.name} has no gates; run the gates stage, or choose random or arrow",
+                code="CFG-022",
+            )
+        for site, vector in expert.gates.items():
+            vectors[site][expert.name] = vector
+    return vectors
+
+
+def random_vectors(library: ExpertLibrary, seed: int) -> SiteVectors:
+    """v ~ N(0, I) from the seed, the expert's name and the site: no expert's vector depends on the others."""
+    return {
+        site: {
+            e.name: torch.randn(
+                e.adapters[site].a_RI.shape[1], generator=generator(seed, "random_gate", e.name, site)
+            )
+            for e in library
+            if site in e.adapters
+        }
+        for site in library.sites
+    }
+
+
+def arrow_vectors(expert: Expert) -> dict[str, Tensor]:
+    """Top right singular vector of B A per site, through QR of A^T and of B and one r x r SVD: never forms B A.
+
+    With A^T = Q_A R_A and B = Q_B R_B: B A = Q_B (R_B R_A^T) Q_A^T, so v = Q_A times the inner right vector.
+    The sign is fixed by the largest entry (the score takes |x . v|, so it is cosmetic).
+    """
+    vectors: dict[str, Tensor] = {}
+    for site, adapter in expert.adapters.items():
+        q_IR, r_A = torch.linalg.qr(adapter.a_RI.t().double())
+        r_B = torch.linalg.qr(adapter.b_OR.double(), mode="r").R
+        right = torch.linalg.svd(r_B @ r_A.t()).Vh[0]
+        vector = q_IR @ right
+        vectors[site] = (vector * vector[vector.abs().argmax()].sign()).float()
+    return vectors
+
+
+def library_arrow_vectors(library: ExpertLibrary) -> SiteVectors:
+    """`arrow_vectors` of every expert, by site."""
+    per_expert = {expert.name: arrow_vectors(expert) for expert in library}
+    return {
+        site: {name: found[site] for name, found in per_expert.items() if site in found}
+        for site in library.sites
+    }
+
+
+def router_kind(name: str) -> RouterKind:
+    """The scoring router called `name`; RecipeError (CFG-023) if there is none."""
+    if name not in KINDS:
+        allowed = (*ROUTERS, "expert:NAME")
+        raise RecipeError(
+            f"router '{name}': allowed are {', '.join(allowed)}.{suggest(name, allowed)}", code="CFG-023"
+        )
+    return KINDS[name]
+
+
+def _top_k(scores_TN: Tensor, k: int, present_N: Tensor | None) -> Routing:
+    if present_N is not None:
+        scores_TN = scores_TN.masked_fill(~present_N, float("-inf"))
+    p_TN = scores_TN.softmax(dim=1)
+    # Sorting scores, not p: two scores whose p both round to 0 still differ.
+    index_TK = scores_TN.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    p_TK = p_TN.gather(1, index_TK)
+    return Routing(p_TK / (p_TK.sum(dim=1, keepdim=True) + EPSILON_SUM), index_TK)

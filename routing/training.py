@@ -1,0 +1,295 @@
+"""All experts, then all gates, in one pass over one frozen base.
+
+Every row of a batch belongs to one expert. Its flat vector (A and B of all sites) is gathered once per forward and cast
+once; every site then takes two batched products. A trained expert is ONE fp32 parameter, so optimizer groups, clipping
+and checkpoints are per expert, and adding an expert touches no other tensor. Sources: phatgoose.md 1.1, 1.2, section 4.
+
+The base's matrix products are shared by all rows, gradients never mix: expert i's gradient is a sum over its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import QuietGooseError, RecipeError
+from ..base.files import safe_name
+from ..base.seeding import generator
+from ..kernels.routed_lora import add_row_lora, gate_logits
+from .expert import Expert, ExpertCard, SiteAdapter
+from .library import ExpertLibrary
+from .losses import expert_sums, token_losses
+from .model import install
+from .sites import AdapterLayout, GateLayout, Site, all_sites, target_names
+
+PREFIX = "flat_"
+GATHER_COLUMNS = 2**18
+
+
+class PackedRows(Protocol):
+    """The part of `Batch` that the losses need (train/types.py)."""
+
+    @property
+    def labels_BT(self) -> Tensor: ...
+
+    @property
+    def expert_B(self) -> Tensor: ...
+
+
+class RowContext:
+    """What the sites of a model read during one forward and its backward: the adapters (and gates) of every row."""
+
+    def __init__(self) -> None:
+        self.adapters: list[tuple[Tensor, Tensor]] = []
+        self.gates: list[Tensor] | None = None
+
+
+class RowAdapter(nn.Module):
+    """Adds row b's own expert at one site; holds no tensors."""
+
+    def __init__(self, index: int, site: str, context: RowContext, scale: float) -> None:
+        super().__init__()
+        self.index, self.site, self.context, self.scale = index, site, context, scale
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [B, T, I] or [1, B*T, I], y alike -> y + scale * g * B_e A_e x, shape of y."""
+        a_BRI, b_BOR = self.context.adapters[self.index]
+        rows, width = a_BRI.shape[0], x.shape[-1]
+        if x.numel() % (rows * width):
+            raise QuietGooseError(
+                f"site {self.site}: input {tuple(x.shape)} does not divide into the batch's {rows} rows",
+                code="RTE-003",
+            )
+        x_BTI = x.reshape(rows, -1, width)
+        gate_BT1 = None
+        if self.context.gates is not None:
+            gate_BT1 = torch.sigmoid(gate_logits(x_BTI, self.context.gates[self.index])).to(x.dtype)
+        return add_row_lora(
+            y.reshape(rows, -1, y.shape[-1]), x_BTI, a_BRI, b_BOR, gate_BT1, self.scale
+        ).view_as(y)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Row b takes bank[expert_B[b]], cast to `dtype`. Backward sums rows in fp32, by products: no atomics."""
+
+    @staticmethod
+    def forward(ctx, bank_NP: Tensor, expert_B: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(expert_B)
+        ctx.num_experts, ctx.dtype = bank_NP.shape[0], bank_NP.dtype
+        return bank_NP.to(dtype).index_select(0, expert_B)
+
+    @staticmethod
+    def backward(ctx, grad_BP: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (expert_B,) = ctx.saved_tensors
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        one_hot_NB = torch.nn.functional.one_hot(expert_B, ctx.num_experts).t().to(wide)
+        grad_NP = torch.empty(ctx.num_experts, grad_BP.shape[1], dtype=ctx.dtype, device=grad_BP.device)
+        for start in range(0, grad_BP.shape[1], GATHER_COLUMNS):
+            piece = slice(start, start + GATHER_COLUMNS)
+            grad_NP[:, piece] = one_hot_NB @ grad_BP[:, piece].to(wide)
+        return grad_NP, None, None
+
+
+class FlatBank(nn.Module):
+    """One flat trainable vector per expert, registered as `flat_NAME`."""
+
+    def __init__(self, flats: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = tuple(safe_name(name) for name in flats)
+        for name, flat in flats.items():
+            self.register_parameter(PREFIX + name, nn.Parameter(flat))
+
+    def flat(self, name: str) -> nn.Parameter:
+        return self.get_parameter(PREFIX + name)
+
+    def forward(self, expert_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows' vectors [B, P] in `dtype`."""
+        return _GatherRows.apply(torch.stack([self.flat(name) for name in self.names]), expert_B, dtype)  # type: ignore[return-value]
+
+
+class ExpertBank(FlatBank):
+    """LoRA experts, initialised as PEFT does: A uniform in +-1/sqrt(I) (Kaiming, a = sqrt 5), B zero.
+
+    The numbers depend on seed, expert name and site only, never on the other experts.
+    """
+
+    def __init__(self, layout: AdapterLayout, names: Sequence[str], seed: int) -> None:
+        super().__init__({name: self._initial(layout, name, seed) for name in names})
+        self.layout = layout
+
+    @staticmethod
+    def _initial(layout: AdapterLayout, name: str, seed: int) -> Tensor:
+        adapters = {}
+        for site, rank in zip(layout.sites, layout.ranks):
+            bound = site.in_features**-0.5
+            a_RI = torch.empty(rank, site.in_features)
+            a_RI.uniform_(-bound, bound, generator=generator(seed, "expert", name, site.name))
+            adapters[site.name] = (a_RI, torch.zeros(site.out_features, rank))
+        return layout.flatten(adapters)
+
+
+class GateBank(FlatBank):
+    """One gate per expert and site, all zero at first: every sigmoid is 0.5 (phatgoose.md 1.2)."""
+
+    def __init__(self, layout: GateLayout, names: Sequence[str]) -> None:
+        super().__init__({name: torch.zeros(layout.numel) for name in names})
+        self.layout = layout
+
+
+class _TrainableRows(nn.Module):
+    """Shared by expert and gate training: frozen model, sites replaced, loss sums per expert."""
+
+    bank: FlatBank
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        names: Sequence[str],
+        inputs: Callable[[Any], dict[str, Any]],
+    ) -> None:
+        super().__init__()
+        if not names:
+            raise RecipeError(
+                "no experts to train: name at least one in data.include or data.experts", code="CFG-021"
+            )
+        self.names = tuple(names)
+        self.sites = tuple(sites)
+        self.model = model.requires_grad_(False)
+        self.context = RowContext()
+        self._inputs = inputs
+        self._routed = install(model, self.sites)
+
+    def _adapt(self, scale: float) -> None:
+        for index, (name, module) in enumerate(self._routed.items()):
+            module.adapter = RowAdapter(index, name, self.context, scale)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One optimizer group per expert."""
+        return [{"name": name, "params": [self.bank.flat(name)]} for name in self.names]
+
+    def loss_sums(self, batch: PackedRows) -> Tensor:
+        """Sum of -log p(label) over the label tokens of each expert's rows: fp32 [E], differentiable."""
+        self._set_context(batch.expert_B, self._compute_dtype())
+        losses_BT = token_losses(self.model, self._inputs(batch), batch.labels_BT)
+        return expert_sums(losses_BT, batch.expert_B, len(self.names))
+
+    def forward(self, batch: PackedRows) -> Any:
+        return self.loss_sums(batch)
+
+    def _set_context(self, expert_B: Tensor, dtype: torch.dtype) -> None:
+        raise NotImplementedError
+
+    def _compute_dtype(self) -> torch.dtype:
+        return next(iter(self._routed.values())).base.weight.dtype
+
+    def _flat_of(self, trained: Mapping[str, Tensor], name: str) -> Tensor:
+        """This expert's vector among trained tensors named as `named_parameters` names them; fp32 on the CPU."""
+        key = f"bank.{PREFIX}{name}"
+        if key not in trained:
+            raise QuietGooseError(
+                f"trained tensors lack {key}; they hold {', '.join(trained)}", code="RTE-004"
+            )
+        return trained[key].detach().float().cpu().clone()
+
+
+class TrainableExperts(_TrainableRows):
+    """N LoRA experts of one rank, alpha and target set over one frozen base."""
+
+    bank: ExpertBank
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        names: Sequence[str],
+        rank: int,
+        alpha: float,
+        rslora: bool,
+        seed: int,
+        inputs: Callable[[Any], dict[str, Any]],
+    ) -> None:
+        """`inputs(batch)` gives the model's keyword arguments for a batch."""
+        super().__init__(model, sites, names, inputs)
+        targets = target_names([s.name for s in sites], [s.name for s in all_sites(model)])
+        self.cards = {name: ExpertCard(name, rank, alpha, targets, rslora) for name in self.names}
+        self.bank = ExpertBank(AdapterLayout.uniform(sites, rank), self.names, seed)
+        self._adapt(self.cards[self.names[0]].scale_at(self.sites[0].name))
+
+    def _set_context(self, expert_B: Tensor, dtype: torch.dtype) -> None:
+        self.context.adapters = self.bank.layout.rows(self.bank(expert_B, dtype))
+
+    def experts(self, trained: Mapping[str, Tensor]) -> list[Expert]:
+        """Experts from trained tensors by parameter name (`bank.flat_NAME`), whole and fp32."""
+        found = []
+        for name, card in self.cards.items():
+            pairs = self.bank.layout.unflatten(self._flat_of(trained, name))
+            adapters = {
+                site: SiteAdapter(a.contiguous(), b.contiguous(), card.scale_at(site))
+                for site, (a, b) in pairs.items()
+            }
+            found.append(Expert(card, adapters))
+        return found
+
+
+class TrainableGates(_TrainableRows):
+    """One sigmoid gate per expert and site of a library; base and LoRA frozen.
+
+    y = W x + s g B (A x), g = sigmoid(x . v): raw input, no normalisation, no sqrt(d), no temperature (phatgoose.md
+    1.2). The experts lie in one frozen buffer [N, P], concatenated once, ranks padded with zeros per site, scale folded
+    into B. At a site that an expert lacks its gate gets no gradient and is left out of the result.
+    """
+
+    bank: GateBank
+    frozen_NP: Tensor
+
+    def __init__(
+        self, model: nn.Module, library: ExpertLibrary, inputs: Callable[[Any], dict[str, Any]]
+    ) -> None:
+        known = {site.name: site for site in all_sites(model)}
+        names = library.sites
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise RecipeError(f"an expert adapts {unknown[0]}, which this base does not have", code="EXP-002")
+        sites = [known[name] for name in names]
+        super().__init__(model, sites, library.names, inputs)
+        self.library_before = library
+        ranks = [max(e.adapters[s].a_RI.shape[0] for e in library if s in e.adapters) for s in names]
+        self.layout = AdapterLayout(self.sites, tuple(ranks))
+        self.register_buffer("frozen_NP", self._frozen(library).to(self._compute_dtype()), persistent=False)
+        self.bank = GateBank(GateLayout(self.sites), self.names)
+        self._adapt(1.0)
+
+    def _set_context(self, expert_B: Tensor, dtype: torch.dtype) -> None:
+        self.context.adapters = self.layout.rows(self.frozen_NP.to(dtype).index_select(0, expert_B))
+        self.context.gates = self.bank.layout.rows(self.bank(expert_B, self.bank.flat(self.names[0]).dtype))
+
+    def _frozen(self, library: ExpertLibrary) -> Tensor:
+        rows_NP = torch.zeros(len(library), self.layout.numel)
+        for row_P, expert in zip(rows_NP, library):
+            for site, (a_RI, b_OR) in self.layout.unflatten(row_P).items():
+                adapter = expert.adapters.get(site)
+                if adapter is not None:
+                    rank = adapter.a_RI.shape[0]
+                    a_RI[:rank] = adapter.a_RI
+                    b_OR[:, :rank] = adapter.scale * adapter.b_OR
+        return rows_NP
+
+    def gates(self, trained: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Gate vectors by expert and site from trained tensors (`bank.flat_NAME`), only where the expert has the
+        site."""
+        return {
+            expert.name: {
+                site: vector.clone()
+                for site, vector in self.bank.layout.unflatten(self._flat_of(trained, expert.name)).items()
+                if site in expert.adapters
+            }
+            for expert in self.library_before
+        }
+
+    def library(self, trained: Mapping[str, Tensor]) -> ExpertLibrary:
+        """The library with its trained gates; ArtifactError (EXP-003) if a gate never moved from zero."""
+        return self.library_before.with_gates(self.gates(trained))

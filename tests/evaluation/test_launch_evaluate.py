@@ -1,0 +1,117 @@
+"""launch/evaluate.py on a real export of a tiny model: the table, its arms, and errors before anything is loaded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import torch
+from quietgoose.launch.evaluate import main
+from quietgoose.routing.expert import Expert, ExpertCard, SiteAdapter
+from quietgoose.routing.library import ExpertLibrary
+from quietgoose.routing.sites import find_sites
+from quietgoose.train.base_models import load_base
+from quietgoose.train.export import Provenance, export_model
+from quietgoose.train.recipe import BaseSettings, RouterSettings
+
+from .conftest import KNOWN, UNKNOWN
+
+
+def some_expert(name: str, seed: int, sites) -> Expert:
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    adapters = {
+        s.name: SiteAdapter(draw(2, s.in_features), 0.05 * draw(s.out_features, 2), 1.0) for s in sites
+    }
+    card = ExpertCard(name, 2, 2.0, ("all-linear",))
+    return Expert(card, adapters).with_gates({site.name: draw(site.in_features) for site in sites})
+
+
+@pytest.fixture(scope="module")
+def export(taught, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    base = folder / "base_model"
+    taught.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    loaded = load_base(BaseSettings(model=str(base)))
+    sites = find_sites(loaded.model, ["all-linear"])
+    library = ExpertLibrary([some_expert("texts", 0, sites), some_expert("other", 1, sites)])
+    export_model(folder / "out", loaded, library, RouterSettings("phatgoose", 2), Provenance({}, {}), base)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tasks")
+    rows = [{"prompt": p, "completion": c} for p, c in KNOWN + UNKNOWN]
+    choices = [{**row, "choices": [row["completion"], " falsch"], "answer": 0} for row in rows]
+    for name, some in (("texts", rows), ("choices", choices)):
+        (root / name).mkdir()
+        with gzip.open(root / name / "test.jsonl.gz", "wt") as handle:
+            handle.write("\n".join(map(json.dumps, some)))
+    return root
+
+
+def test_table_of_an_export(export, tasks, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    arguments = [
+        "--model",
+        export,
+        "--tasks",
+        tasks,
+        "--out",
+        out,
+        "--arms",
+        "[base,oracle,merged,phatgoose]",
+    ]
+    assert main([*map(str, arguments), "--device", "cpu", "--bootstrap", "50"]) == 0
+    value = json.loads(out.read_text())
+    cells = {(cell["task"], cell["arm"]): cell for cell in value["cells"]}
+    assert cells["texts", "base"]["accuracy"][0] == len(KNOWN) / len(KNOWN + UNKNOWN)
+    assert cells["texts", "base"]["metric"] == "exact match, generated"
+    assert {arm for task, arm in cells if task == "choices"} == {"base", "merged", "phatgoose"}
+    nats = {arm: cells["texts", arm]["nats"][0] for arm in value["arms"]}
+    assert len(set(nats.values())) == 4
+    assert value["facts"]["model"] == "out"
+    assert "| phatgoose |" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".csv").is_file()
+    assert "| phatgoose |" in capsys.readouterr().out
+
+
+def test_limit_include_and_forced(export, tasks, tmp_path):
+    out = tmp_path / "table.json"
+    arguments = ["--model", export, "--tasks", tasks, "--out", out, "--include", "[texts]", "--limit", "3"]
+    assert main([*map(str, arguments), "--device", "cpu", "--generate", "never", "--router", "arrow"]) == 0
+    value = json.loads(out.read_text())
+    assert value["arms"] == ["base", "arrow"]
+    assert [(cell["items"], cell["metric"]) for cell in value["cells"]] == [
+        (3, "exact match, teacher-forced")
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"--tasks": "/nowhere"}, 2, "QG-DATA-002 /nowhere: no such folder"),
+        ({"--out": "table.md"}, 2, "must end in .json"),
+        ({"--include": "[text]"}, 2, "Did you mean 'texts'"),
+        ({"--arms": "[base,phatgose]"}, 2, "Did you mean 'phatgoose'"),
+        ({"--arms": "[base,average_activation]"}, 2, "no training data to average over"),
+        ({"--baseline": "merged", "--arms": "[base]"}, 2, "baseline 'merged' is not among base"),
+    ],
+)
+def test_errors_are_clear(export, tasks, tmp_path, capsys, changes, code, words):
+    arguments = {
+        "--model": export,
+        "--tasks": tasks,
+        "--out": tmp_path / "t.json",
+        "--device": "cpu",
+        **changes,
+    }
+    assert main([str(part) for pair in arguments.items() for part in pair]) == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "t.json").exists()

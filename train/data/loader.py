@@ -1,0 +1,181 @@
+"""The batches of every optimizer step: a pure function of data, seed and step.
+
+Expert e's rows form an endless stream, epoch after epoch, each epoch in an order drawn from (seed, name of
+e, epoch). Step s takes the rows s*n .. (s+1)*n - 1 of every stream, n = rows_per_expert. So an expert sees
+the same rows in the same steps whether it trains alone or with others, on one process or many, and a run
+continues at any step. Called by train/loop.py through `StepData.step`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...base.errors import DataError
+from ...base.files import sha256_json
+from ...base.seeding import generator
+from ..types import Batch, StepBatch
+from .packing import IGNORE, PackedExpert
+
+FIELDS = ("tokens_BT", "labels_BT", "position_BT", "segment_BT")
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a step's rows are dealt out: every rank has `micros` micro-batches of `rows` rows."""
+
+    micros: int
+    rows: int
+
+
+def share_of(total_rows: int, micro_rows: int, world: int) -> Share:
+    """The fewest micro-batches of at most `micro_rows` rows in which `world` ranks hold `total_rows`, evenly
+    filled."""
+    per_rank = -(-total_rows // world)
+    micros = -(-per_rank // micro_rows)
+    return Share(micros, -(-per_rank // micros))
+
+
+class StepData:
+    """Batches by step.
+
+    Row j of expert e is number e*n + j of the step; rank r holds the numbers r, r + world, r + 2*world, ...
+    and cuts them into micro-batches in that order. What is missing at the end is filled with empty rows
+    (segment 0, label -100, expert 0), so every rank has the same number of micro-batches of the same shape.
+    """
+
+    def __init__(
+        self,
+        experts: list[PackedExpert],
+        rows_per_expert: int,
+        micro_rows: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        pad_id: int = 0,
+    ) -> None:
+        _check(experts, rows_per_expert, micro_rows)
+        self.experts = experts
+        self.rows_per_expert = rows_per_expert
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.pad_id = pad_id
+        self.length = experts[0].tokens_BT.shape[1]
+        self.share = share_of(len(experts) * rows_per_expert, micro_rows, world)
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="quietgoose-data")
+        self._ahead: tuple[int, Future[StepBatch]] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Loss terms, in the order of `count_E` and `expert_B`."""
+        return tuple(expert.name for expert in self.experts)
+
+    @property
+    def micro_count(self) -> int:
+        return self.share.micros
+
+    def hashes(self) -> dict[str, str]:
+        """Hash of each expert's rows."""
+        return {expert.name: expert.hash() for expert in self.experts}
+
+    def hash(self) -> str:
+        """Hash of what decides every batch: rows, their order, rows per step. World and micro size do not
+        count."""
+        return sha256_json([self.hashes(), list(self.names), self.rows_per_expert, self.seed])
+
+    def summary(self) -> dict[str, dict[str, int | float]]:
+        return {expert.name: expert.summary() for expert in self.experts}
+
+    def step(self, step: int) -> StepBatch:
+        """The batches of 0-based optimizer step `step` on this rank. The next step is made ready in the
+        background."""
+        ahead, self._ahead = self._ahead, None
+        made = (
+            ahead[1].result()
+            if ahead is not None and ahead[0] == step
+            else self._worker.submit(self._make, step).result()
+        )
+        self._ahead = (step + 1, self._worker.submit(self._make, step + 1))
+        return _pinned(made) if torch.cuda.is_available() and torch.cuda.is_initialized() else made
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def row_numbers(self, expert: int, step: int) -> np.ndarray:
+        """[rows_per_expert] indices into the expert's packed rows at `step`."""
+        rows = self.experts[expert].rows
+        stream = np.arange(step * self.rows_per_expert, (step + 1) * self.rows_per_expert)
+        numbers = np.empty_like(stream)
+        for epoch in range(int(stream[0]) // rows, int(stream[-1]) // rows + 1):
+            here = stream // rows == epoch
+            numbers[here] = self._order(expert, epoch)[stream[here] % rows]
+        return numbers
+
+    def _order(self, expert: int, epoch: int) -> np.ndarray:
+        """The order of one epoch; the last one asked for is kept. Only the worker thread comes here."""
+        packed = self.experts[expert]
+        kept = self._orders.get(packed.name)
+        if kept is None or kept[0] != epoch:
+            order = torch.randperm(
+                packed.rows, generator=generator(self.seed, "order", packed.name, epoch)
+            ).numpy()
+            kept = self._orders[packed.name] = (epoch, order)
+        return kept[1]
+
+    def _make(self, step: int) -> StepBatch:
+        chosen = [self.row_numbers(e, step) for e in range(len(self.experts))]
+        pairs = [(e, int(row)) for e, numbers in enumerate(chosen) for row in numbers]
+        mine = pairs[self.rank :: self.world]
+        size = self.share.rows
+        return StepBatch(
+            step=step,
+            micro=tuple(self._batch(mine[m * size : (m + 1) * size]) for m in range(self.share.micros)),
+            count_E=torch.tensor(
+                [float(packed.label_B[rows].sum()) for packed, rows in zip(self.experts, chosen)],
+                dtype=torch.float64,
+            ),
+            tokens=int(sum(packed.token_B[rows].sum() for packed, rows in zip(self.experts, chosen))),
+        )
+
+    def _batch(self, pairs: list[tuple[int, int]]) -> Batch:
+        shape = (self.share.rows, self.length)
+        fill = {"tokens_BT": self.pad_id, "labels_BT": IGNORE, "position_BT": 0, "segment_BT": 0}
+        arrays = {name: np.full(shape, fill[name], dtype=np.int64) for name in FIELDS}
+        expert_B = np.zeros(shape[0], dtype=np.int64)
+        for place, (expert, row) in enumerate(pairs):
+            expert_B[place] = expert
+            for name in FIELDS:
+                arrays[name][place] = getattr(self.experts[expert], name)[row]
+        segment = torch.from_numpy(arrays.pop("segment_BT").astype(np.int32))
+        return Batch(
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+            segment_BT=segment,
+            expert_B=torch.from_numpy(expert_B),
+        )
+
+
+def _check(experts: list[PackedExpert], rows_per_expert: int, micro_rows: int) -> None:
+    if not experts:
+        raise DataError(
+            "no source of rows: set data.collection with data.include, or data.experts", code="DATA-003"
+        )
+    for name, value in (("rows_per_expert", rows_per_expert), ("micro_rows", micro_rows)):
+        if value < 1:
+            raise DataError(f"train.{name} is {value}; it must be at least 1", code="DATA-003")
+    for packed in experts:
+        if packed.rows == 0 or int(packed.label_B.min()) == 0:
+            raise DataError(f"'{packed.name}': a packed row has no token to train", code="DATA-004")
+
+
+def _pinned(batch: StepBatch) -> StepBatch:
+    """Page-locked copies, so that Batch.to(cuda) does not wait. Done in the caller's thread, on its
+    device."""
+    micro = tuple(
+        Batch(*(getattr(m, name).pin_memory() for name in (*FIELDS, "expert_B"))) for m in batch.micro
+    )
+    return StepBatch(batch.step, micro, batch.count_E, batch.tokens)

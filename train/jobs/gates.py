@@ -1,0 +1,25 @@
+"""The `gates` stage: one PHATGOOSE gate per expert and site, all experts in one pass; base and LoRA stay as they are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...routing.library import ExpertLibrary
+from ...routing.training import TrainableGates
+from ..data.attention import model_inputs
+from ..recipe import GateSettings
+from ..types import Batch, LossTerms
+from .checkpointing import recompute_activations
+
+
+class GateJob(TrainableGates):
+    """One loss term per expert of the library, in its order (= `Batch.expert_B`)."""
+
+    def __init__(
+        self, model: nn.Module, attention: str, library: ExpertLibrary, settings: GateSettings
+    ) -> None:
+        super().__init__(model, library, lambda batch: model_inputs(batch, attention, self._compute_dtype()))
+        recompute_activations(model, settings.train.activation_checkpointing)
+
+    def forward(self, batch: Batch) -> LossTerms:
+        return LossTerms(self.loss_sums(batch))

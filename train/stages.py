@@ -1,0 +1,191 @@
+"""The stages of a run. Each computes on all ranks and hands back a writer that rank 0 calls with an empty folder.
+
+    base      a nano model from scratch                     -> a Hugging Face folder
+    experts   all LoRA experts in one pass                  -> a PEFT folder per expert
+    gates     all PHATGOOSE gates in one pass               -> gates.safetensors
+    evaluate  every arm on every task (train/arms.py)       -> results.json, results.md, report data
+    export    the routed model as one folder (train/export.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base import distributed
+from ..base.distributed import World
+from ..base.files import read_json, write_json
+from ..routing.gates_format import load_gates, save_gates
+from ..routing.library import ExpertLibrary
+from ..routing.peft_format import load_peft, save_peft
+from ..routing.sites import find_sites
+from .base_models import LoadedBase, load_base
+from .data.attention import model_inputs, resolve_attention
+from .data.build import build_base_data, build_step_data, resolve_sources
+from .export import Provenance, export_model
+from .jobs.base import LanguageModelJob
+from .jobs.experts import ExpertJob
+from .jobs.gates import GateJob
+from .nano import build_nano
+from .recipe import Recipe, TrainSettings
+from .run_folder import RunFolder
+
+Writer = Callable[[Path], None]
+
+
+@dataclass
+class Context:
+    """What every stage is given. `train(stage, job, data, settings)` runs one training loop and returns the trained
+    tensors, whole and in fp32 on the CPU, on every rank."""
+
+    recipe: Recipe
+    folder: RunFolder
+    device: torch.device
+    world: World
+    train: Callable[[str, Any, Any, TrainSettings], Mapping[str, torch.Tensor]]
+    event: Callable[..., None]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`settings` names every setting that the result depends on; with other settings the result is refused."""
+
+    name: str
+    settings: Callable[[Recipe], Mapping[str, Any]]
+    run: Callable[[Context], Writer]
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
+
+
+def _base_settings(recipe: Recipe) -> Mapping[str, Any]:
+    shape = {"nano": recipe.base.nano, "train": recipe.base.train} if recipe.base.model == "nano" else {}
+    return _plain(
+        {"seed": recipe.seed, "model": recipe.base.model, "dtype": recipe.base.dtype, **shape,
+         "data": recipe.data.base, "sequence_length": recipe.data.sequence_length}
+    )  # fmt: skip
+
+
+def _expert_settings(recipe: Recipe) -> Mapping[str, Any]:
+    data = {k: v for k, v in vars(recipe.data).items() if k != "cache"}
+    return _plain({"base": _base_settings(recipe), "data": data, "experts": recipe.experts})
+
+
+def _gate_settings(recipe: Recipe) -> Mapping[str, Any]:
+    return _plain({"experts": _expert_settings(recipe), "gates": recipe.gates})
+
+
+def _evaluate_settings(recipe: Recipe) -> Mapping[str, Any]:
+    return _plain({"gates": _gate_settings(recipe), "router": recipe.router, "evaluate": recipe.evaluate})
+
+
+def _export_settings(recipe: Recipe) -> Mapping[str, Any]:
+    return _plain({"gates": _gate_settings(recipe), "router": recipe.router})
+
+
+def the_base(context: Context, wanted_by: str) -> LoadedBase:
+    """The frozen base: the `base` stage's result for nano, else what the recipe names. Rank 0 loads first, so that a
+    model is fetched and converted once."""
+    settings = context.recipe.base
+    nano = context.folder.require("base", wanted_by) if settings.model == "nano" else None
+    base: LoadedBase | None = None
+    for turn in (True, False):
+        if context.world.is_main is turn:
+            base = load_base(settings, context.device, nano)
+        distributed.barrier()
+    assert base is not None
+    context.event("base", id=base.id, sha256=base.sha256, attention=base.attention, notes=list(base.notes))
+    return base
+
+
+def the_library(context: Context, base: LoadedBase, wanted_by: str, *, gates: bool) -> ExpertLibrary:
+    """Trained experts, then loaded ones, in the recipe's order; with their gates if asked."""
+    sites = tuple(find_sites(base.model, ["all-linear"]))
+    experts = []
+    if resolve_sources(context.recipe.data):
+        result = context.folder.require("experts", wanted_by)
+        names = read_json(result / "experts.json")["names"]
+        experts += [load_peft(result / name, name, sites) for name in names]
+    experts += [load_peft(Path(path), name, sites) for name, path in context.recipe.experts.load.items()]
+    library = ExpertLibrary(experts)
+    if gates:
+        library = load_gates(context.folder.require("gates", wanted_by) / "gates.safetensors", library, sites)
+    return library
+
+
+def run_base(context: Context) -> Writer:
+    recipe = context.recipe
+    model, tokenizer = build_nano(recipe.base.nano, recipe.seed)
+    attention, _ = resolve_attention(recipe.base.attention, context.device, torch.float32)
+    model = model.to(context.device)
+    model.set_attn_implementation(attention)
+    data = build_base_data(recipe.data, tokenizer, recipe.base.train, recipe.seed, context.world)
+    job = LanguageModelJob(model, lambda batch: model_inputs(batch, attention))
+    trained = context.train("base", job, data, recipe.base.train)
+
+    def write(folder: Path) -> None:
+        fresh, _ = build_nano(recipe.base.nano, recipe.seed)
+        own = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
+        missing, unexpected = fresh.load_state_dict(own, strict=False)
+        tied = {"lm_head.weight"} if fresh.config.tie_word_embeddings else set()
+        if set(missing) - tied or unexpected:
+            raise RuntimeError(f"trained tensors do not fit the model: missing {missing}, unexpected {unexpected}")
+        fresh.to(getattr(torch, recipe.base.dtype)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return write
+
+
+def run_experts(context: Context) -> Writer:
+    recipe = context.recipe
+    base = the_base(context, "experts")
+    sources = resolve_sources(recipe.data)
+    data = build_step_data(
+        sources, base.tokenizer, recipe.data, recipe.experts.train, recipe.seed, context.world
+    )
+    job = ExpertJob(base.model, base.attention, list(sources), recipe.experts, recipe.seed)
+    trained = context.train("experts", job, data, recipe.experts.train)
+    experts = job.experts(trained)
+
+    def write(folder: Path) -> None:
+        for expert in experts:
+            save_peft(expert, folder / expert.card.name, base_id=base.id)
+        write_json(folder / "experts.json", {"names": [expert.card.name for expert in experts]})
+
+    return write
+
+
+def run_gates(context: Context) -> Writer:
+    recipe = context.recipe
+    base = the_base(context, "gates")
+    library = the_library(context, base, "gates", gates=False)
+    sources = resolve_sources(recipe.data)
+    data = build_step_data(
+        sources, base.tokenizer, recipe.data, recipe.gates.train, recipe.seed, context.world
+    )
+    job = GateJob(base.model, base.attention, library, recipe.gates)
+    trained = context.train("gates", job, data, recipe.gates.train)
+    gated = job.library(trained)
+    return lambda folder: save_gates(gated, folder / "gates.safetensors")
+
+
+def run_export(context: Context) -> Writer:
+    recipe = context.recipe
+    base = the_base(context, "export")
+    library = the_library(context, base, "export", gates=True)
+    own_base = context.folder.require("base", "export") if recipe.base.model == "nano" else None
+    table = context.folder.result("evaluate") / "results.md"
+    provenance = Provenance(
+        recipe=_plain(recipe),
+        experts={name: _plain(source) for name, source in resolve_sources(recipe.data).items()},
+        results=table.read_text() if table.is_file() else "",
+    )
+    return lambda folder: export_model(folder, base, library, recipe.router, provenance, own_base)
