@@ -112,10 +112,10 @@ RULES: dict[str, _Rule] = {
 }
 RULES |= dict.fromkeys(
     (
-        "auto_mapping", "fan_in_fan_out", "modules_to_save", "megatron_config", "trainable_token_indices", "loftq_config",
-        "corda_config", "lora_ga_config", "use_dora", "velora_config", "alora_invocation_tokens", "use_qalora",
-        "monteclora_config", "layer_replication", "lora_bias", "target_parameters", "use_bdlora", "arrow_config",
-        "kasa_config", "ensure_weight_tying", "runtime_config",
+        "auto_mapping", "fan_in_fan_out", "modules_to_save", "megatron_config", "trainable_token_indices",
+        "loftq_config", "corda_config", "lora_ga_config", "use_dora", "velora_config", "alora_invocation_tokens",
+        "use_qalora", "monteclora_config", "layer_replication", "lora_bias", "target_parameters", "use_bdlora",
+        "arrow_config", "kasa_config", "ensure_weight_tying", "runtime_config",
     ),
     _OFF,
 )  # fmt: skip
@@ -127,9 +127,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """The checked configuration of a PEFT adapter folder. Raises SEC-003, SEC-004, or EXP-001 if the file is absent."""
     path = inside(folder, "adapter_config.json")
     if not path.is_file():
-        raise ArtifactError(
-            f"{folder}: no adapter_config.json; name a folder that PEFT saved", code="EXP-001"
-        )
+        raise ArtifactError(f"{folder}: no adapter_config.json; name a folder that PEFT saved", code="EXP-001")
     if path.stat().st_size > SIZE_LIMIT:
         raise _refuse(path, f"{path.stat().st_size} bytes; at most {SIZE_LIMIT} are allowed")
     values = _parse(path)

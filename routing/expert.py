@@ -85,9 +85,7 @@ class Expert:
     def tensor_hash(self) -> str:
         """sha256 over the adapters' tensors (not the gates)."""
         pairs = (
-            (f"{site}.{part}", getattr(ad, part))
-            for site, ad in self.adapters.items()
-            for part in ("a_RI", "b_OR")
+            (f"{site}.{part}", getattr(ad, part)) for site, ad in self.adapters.items() for part in ("a_RI", "b_OR")
         )
         return sha256_tensors(dict(pairs))
 

@@ -24,9 +24,7 @@ def save_gates(library: ExpertLibrary, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for expert in library:
         if expert.gates is None:
-            raise ArtifactError(
-                f"expert {expert.name} has no gates to save; train them first", code="EXP-003"
-            )
+            raise ArtifactError(f"expert {expert.name} has no gates to save; train them first", code="EXP-003")
         for site, vector in expert.gates.items():
             tensors[f"{expert.name}/{site}"] = vector.detach().float().cpu().contiguous()
     write_atomic(path, save(tensors, metadata={"format": "pt", "kind": "phatgoose gates"}))
@@ -43,9 +41,7 @@ def load_gates(path: Path, library: ExpertLibrary, sites: Sequence[Site]) -> Exp
     for key, vector in read_tensors(path.parent, path.name, ("F32",)).items():
         name, _, site = key.partition("/")
         if site not in widths:
-            raise ArtifactError(
-                f"{path}: gate {ascii(key)[:160]} names no linear of this base", code="EXP-003"
-            )
+            raise ArtifactError(f"{path}: gate {ascii(key)[:160]} names no linear of this base", code="EXP-003")
         if tuple(vector.shape) != (widths[site],):
             raise SecurityError(
                 f"{path}: gate {ascii(key)[:160]} has shape {tuple(vector.shape)}, expected ({widths[site]},)",
@@ -54,7 +50,5 @@ def load_gates(path: Path, library: ExpertLibrary, sites: Sequence[Site]) -> Exp
         found.setdefault(safe_name(name), {})[site] = vector
     missing = [name for name in library.names if name not in found]
     if missing:
-        raise ArtifactError(
-            f"{path}: no gates for expert {missing[0]}; train its gates first", code="EXP-003"
-        )
+        raise ArtifactError(f"{path}: no gates for expert {missing[0]}; train its gates first", code="EXP-003")
     return library.with_gates({name: found[name] for name in library.names})

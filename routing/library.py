@@ -65,9 +65,7 @@ class ExpertLibrary:
             self._known(name)
         missing = [name for name in self.names if name not in gates]
         if missing:
-            raise RecipeError(
-                f"no gates for expert {missing[0]}: gates are needed for every expert", code="CFG-021"
-            )
+            raise RecipeError(f"no gates for expert {missing[0]}: gates are needed for every expert", code="CFG-021")
         return ExpertLibrary(expert.with_gates(gates[expert.name]) for expert in self)
 
     def _known(self, name: str) -> None:

@@ -47,9 +47,7 @@ def expert_sums(losses_BT: Tensor, expert_B: Tensor, num_experts: int) -> Tensor
 
 
 def _piece(head: nn.Module, hidden_LD: Tensor, labels_L: Tensor) -> Tensor:
-    return checkpoint(
-        _cross_entropy, head, hidden_LD, labels_L, use_reentrant=False, preserve_rng_state=False
-    )
+    return checkpoint(_cross_entropy, head, hidden_LD, labels_L, use_reentrant=False, preserve_rng_state=False)
 
 
 def _cross_entropy(head: nn.Module, hidden_LD: Tensor, labels_L: Tensor) -> Tensor:

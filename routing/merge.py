@@ -37,16 +37,12 @@ def mean_of_products(library: ExpertLibrary, name: str = "merged") -> Expert:
     return _as_expert(library, name, adapters, "mean of products")
 
 
-def peft_merge(
-    library: ExpertLibrary, kind: MergeKind, density: float = 0.5, seed: int = 0, name: str = ""
-) -> Expert:
+def peft_merge(library: ExpertLibrary, kind: MergeKind, density: float = 0.5, seed: int = 0, name: str = "") -> Expert:
     """TIES or DARE over all experts, weight 1/N each, through PEFT. `density`: share of entries kept. DARE draws its
     mask from `seed`. The experts must share their sites, and their rank unless `kind` ends in _svd."""
     _not_empty(library)
     if kind not in MERGES:
-        raise RecipeError(
-            f"merge '{kind}': allowed are {', '.join(MERGES)}.{suggest(kind, MERGES)}", code="CFG-025"
-        )
+        raise RecipeError(f"merge '{kind}': allowed are {', '.join(MERGES)}.{suggest(kind, MERGES)}", code="CFG-025")
     if not 0 < density <= 1:
         raise RecipeError(f"merge density is {density}; allowed is above 0, at most 1", code="CFG-025")
     _check_alike(library, kind)
@@ -69,9 +65,7 @@ def _peft_model(library: ExpertLibrary, rank: int) -> LoraModel:
     for site in library.sites:
         adapter = next(e.adapters[site] for e in library if site in e.adapters)
         _put(skeleton, site, adapter.a_RI.shape[1], adapter.b_OR.shape[0])
-    configs = {
-        n: LoraConfig(r=rank, lora_alpha=rank, target_modules=list(library.sites)) for n in library.names
-    }
+    configs = {n: LoraConfig(r=rank, lora_alpha=rank, target_modules=list(library.sites)) for n in library.names}
     first = library.names[0]
     tuner = LoraModel(skeleton, configs[first], first)
     for name in library.names[1:]:
@@ -132,9 +126,7 @@ def _check_alike(library: ExpertLibrary, kind: str) -> None:
             )
     ranks = sorted({adapter.a_RI.shape[0] for expert in library for adapter in expert.adapters.values()})
     if len(ranks) > 1 and not kind.endswith("_svd"):
-        raise RecipeError(
-            f"merge {kind}: ranks {ranks} differ; use {kind}_svd or mean_of_products", code="CFG-025"
-        )
+        raise RecipeError(f"merge {kind}: ranks {ranks} differ; use {kind}_svd or mean_of_products", code="CFG-025")
 
 
 def _not_empty(library: ExpertLibrary) -> None:

@@ -84,9 +84,7 @@ def attach(
     """Give `model` the experts of `library` and a router; returns the same model. Rebuilds banks only, so it also
     serves to add, remove or restrict experts: `attach(model, state(model).library.remove("x"), ...)`."""
     if not len(library):
-        raise RecipeError(
-            "no experts to attach: the library is empty; use detach for the plain base", code="CFG-021"
-        )
+        raise RecipeError("no experts to attach: the library is empty; use detach for the plain base", code="CFG-021")
     detach(model)
     context = RoutingContext()
     modules = install(model, library.sites)
@@ -162,9 +160,7 @@ def state(model: nn.Module) -> RoutingState:
     """What is attached to `model`; error RTE-001 if nothing is."""
     found = getattr(model, "routing_state", None)
     if not isinstance(found, RoutingState):
-        raise QuietGooseError(
-            "this model has no routed experts; call attach(model, library) first", code="RTE-001"
-        )
+        raise QuietGooseError("this model has no routed experts; call attach(model, library) first", code="RTE-001")
     return found
 
 
@@ -191,9 +187,7 @@ def _build_vectors(library: ExpertLibrary, router: str, seed: int) -> SiteVector
     )
 
 
-def _stack(
-    library: ExpertLibrary, site: str, vectors: Mapping[str, Mapping[str, Tensor]], bank: RoutedBank
-) -> Tensor:
+def _stack(library: ExpertLibrary, site: str, vectors: Mapping[str, Mapping[str, Tensor]], bank: RoutedBank) -> Tensor:
     """[N, I], zeros where an expert lacks the site; uniform has no vectors at all."""
     width = bank.a_RI.shape[1]
     if site not in vectors:

@@ -52,8 +52,7 @@ def load_peft(folder: Path, name: str, sites: Sequence[Site]) -> Expert:
         {"base": config.base, "sha256": sha256_file(folder / WEIGHTS)},
     )
     adapters = {
-        site: SiteAdapter(pairs[site]["A"].float(), pairs[site]["B"].float(), card.scale_at(site))
-        for site in ordered
+        site: SiteAdapter(pairs[site]["A"].float(), pairs[site]["B"].float(), card.scale_at(site)) for site in ordered
     }
     return Expert(card, adapters)
 
@@ -100,9 +99,7 @@ def _pair_up(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Te
     for key, tensor in tensors.items():
         suffix = next((s for s in PARTS if key.endswith(s)), None)
         if suffix is None or not key.startswith(PREFIX):
-            raise _refuse(
-                folder, key, f"unexpected name; allowed are {PREFIX}SITE.lora_A.weight and .lora_B.weight"
-            )
+            raise _refuse(folder, key, f"unexpected name; allowed are {PREFIX}SITE.lora_A.weight and .lora_B.weight")
         pairs.setdefault(key[len(PREFIX) : -len(suffix)], {})[PARTS[suffix]] = tensor
     for site, pair in pairs.items():
         if len(pair) != 2:

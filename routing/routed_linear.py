@@ -50,9 +50,7 @@ class RoutedLinear(nn.Module):
     def route(self, x: Tensor) -> Routing:
         """The experts this site would choose for x [..., I], tokens flattened."""
         if not isinstance(self.adapter, RoutedBank):
-            raise QuietGooseError(
-                f"site {self.name} has no routed experts; attach a library first", code="RTE-001"
-            )
+            raise QuietGooseError(f"site {self.name} has no routed experts; attach a library first", code="RTE-001")
         return self.adapter.route(x.flatten(0, -2))
 
 
@@ -60,7 +58,25 @@ class RoutingContext:
     """Shared by all sites of a model, held by reference: the expert of every row, while `assign_rows` is open."""
 
     def __init__(self) -> None:
-        self.expert_B: Tensor | None = None
+        self._expert_B: Tensor | None = None
+        self._one_hot: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    @property
+    def expert_B(self) -> Tensor | None:
+        return self._expert_B
+
+    @expert_B.setter
+    def expert_B(self, expert_B: Tensor | None) -> None:
+        self._expert_B = expert_B
+        self._one_hot = {}
+
+    def one_hot_TN(self, num_tokens: int, num_experts: int, dtype: torch.dtype) -> Tensor:
+        """Weight 1 for each token's own expert; made once per batch shape, for all sites."""
+        key = (num_tokens, num_experts, dtype)
+        if key not in self._one_hot:
+            index_TN = torch.nn.functional.one_hot(self.expert_T(num_tokens), num_experts)
+            self._one_hot[key] = index_TN.to(dtype)
+        return self._one_hot[key]
 
     def expert_T(self, num_tokens: int) -> Tensor:
         """The expert of every token, rows being equally long."""
@@ -140,8 +156,11 @@ class RoutedBank(nn.Module):
         x_TI, y_TO = x.flatten(0, -2), y.flatten(0, -2)
         if self.single is not None:
             return self._one(x_TI, y_TO).view_as(y)
-        routing = self.route(x_TI)
-        weights = dense_weights(routing.weights_TK.to(x.dtype), routing.index_TK, self.num_experts)
+        if self.kind is None:
+            weights = self.context.one_hot_TN(x_TI.shape[0], self.num_experts, x.dtype)
+        else:
+            routing = self.route(x_TI)
+            weights = dense_weights(routing.weights_TK.to(x.dtype), routing.index_TK, self.num_experts)
         if self.owner_R is not None:
             weights = slot_weights(weights, self.owner_R)
         return add_routed_lora(y_TO, x_TI, self.a_RI, self.b_OR, weights).view_as(y)
@@ -160,8 +179,7 @@ class RoutedBank(nn.Module):
         start, stop = self._slots[self.single or 0]
         if start == stop:
             return y_TO
-        ones = self.b_OR.new_ones(1, 1)
-        return add_routed_lora(y_TO, x_TI, self.a_RI[start:stop], self.b_OR[:, start:stop], ones)
+        return add_routed_lora(y_TO, x_TI, self.a_RI[start:stop], self.b_OR[:, start:stop])
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
         self.register_buffer(name, tensor, persistent=False)

@@ -112,9 +112,7 @@ def random_vectors(library: ExpertLibrary, seed: int) -> SiteVectors:
     """v ~ N(0, I) from the seed, the expert's name and the site: no expert's vector depends on the others."""
     return {
         site: {
-            e.name: torch.randn(
-                e.adapters[site].a_RI.shape[1], generator=generator(seed, "random_gate", e.name, site)
-            )
+            e.name: torch.randn(e.adapters[site].a_RI.shape[1], generator=generator(seed, "random_gate", e.name, site))
             for e in library
             if site in e.adapters
         }
@@ -141,19 +139,14 @@ def arrow_vectors(expert: Expert) -> dict[str, Tensor]:
 def library_arrow_vectors(library: ExpertLibrary) -> SiteVectors:
     """`arrow_vectors` of every expert, by site."""
     per_expert = {expert.name: arrow_vectors(expert) for expert in library}
-    return {
-        site: {name: found[site] for name, found in per_expert.items() if site in found}
-        for site in library.sites
-    }
+    return {site: {name: found[site] for name, found in per_expert.items() if site in found} for site in library.sites}
 
 
 def router_kind(name: str) -> RouterKind:
     """The scoring router called `name`; RecipeError (CFG-023) if there is none."""
     if name not in KINDS:
         allowed = (*ROUTERS, "expert:NAME")
-        raise RecipeError(
-            f"router '{name}': allowed are {', '.join(allowed)}.{suggest(name, allowed)}", code="CFG-023"
-        )
+        raise RecipeError(f"router '{name}': allowed are {', '.join(allowed)}.{suggest(name, allowed)}", code="CFG-023")
     return KINDS[name]
 
 

@@ -35,9 +35,7 @@ def find_sites(model: nn.Module, targets: Sequence[str]) -> tuple[Site, ...]:
     """
     linears = _linears(model)
     if not targets:
-        raise RecipeError(
-            "experts.targets is empty: name linears (for example q_proj) or all-linear", code="CFG-020"
-        )
+        raise RecipeError("experts.targets is empty: name linears (for example q_proj) or all-linear", code="CFG-020")
     chosen: set[str] = set()
     for target in targets:
         names = set(linears) if target == ALL_LINEAR else {name for name in linears if _matches(name, target)}
@@ -152,7 +150,5 @@ def _refuse(model: nn.Module, target: str, linears: Mapping[str, nn.Linear]) -> 
         why = f"selects {other} modules; adapters go on nn.Linear (and not on the output head)"
     else:
         leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        why = (
-            f"selects no linear of this model; its linears are {', '.join(leaves)}.{suggest(target, leaves)}"
-        )
+        why = f"selects no linear of this model; its linears are {', '.join(leaves)}.{suggest(target, leaves)}"
     raise RecipeError(f"experts.targets: '{target}' {why}", code="CFG-020")

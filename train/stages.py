@@ -27,7 +27,7 @@ from ..routing.peft_format import load_peft, save_peft
 from ..routing.sites import find_sites
 from .base_models import LoadedBase, load_base
 from .data.attention import model_inputs, resolve_attention
-from .data.build import build_base_data, build_step_data, resolve_sources
+from .data.build import build_step_data, resolve_sources
 from .export import Provenance, export_model
 from .jobs.base import LanguageModelJob
 from .jobs.experts import ExpertJob
@@ -127,7 +127,10 @@ def run_base(context: Context) -> Writer:
     attention, _ = resolve_attention(recipe.base.attention, context.device, torch.float32)
     model = model.to(context.device)
     model.set_attn_implementation(attention)
-    data = build_base_data(recipe.data, tokenizer, recipe.base.train, recipe.seed, context.world)
+    text = dataclasses.replace(recipe.data, loss_on="all")
+    data = build_step_data(
+        {"loss": recipe.data.base}, tokenizer, text, recipe.base.train, recipe.seed, context.world.rank, context.world.size
+    )
     job = LanguageModelJob(model, lambda batch: model_inputs(batch, attention))
     trained = context.train("base", job, data, recipe.base.train)
 
@@ -149,7 +152,8 @@ def run_experts(context: Context) -> Writer:
     base = the_base(context, "experts")
     sources = resolve_sources(recipe.data)
     data = build_step_data(
-        sources, base.tokenizer, recipe.data, recipe.experts.train, recipe.seed, context.world
+        sources, base.tokenizer, recipe.data, recipe.experts.train, recipe.seed, context.world.rank,
+        context.world.size,
     )
     job = ExpertJob(base.model, base.attention, list(sources), recipe.experts, recipe.seed)
     trained = context.train("experts", job, data, recipe.experts.train)
@@ -169,7 +173,8 @@ def run_gates(context: Context) -> Writer:
     library = the_library(context, base, "gates", gates=False)
     sources = resolve_sources(recipe.data)
     data = build_step_data(
-        sources, base.tokenizer, recipe.data, recipe.gates.train, recipe.seed, context.world
+        sources, base.tokenizer, recipe.data, recipe.gates.train, recipe.seed, context.world.rank,
+        context.world.size,
     )
     job = GateJob(base.model, base.attention, library, recipe.gates)
     trained = context.train("gates", job, data, recipe.gates.train)

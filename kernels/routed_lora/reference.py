@@ -27,9 +27,12 @@ def routed_lora(x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, weights_TN: Tensor) ->
     return functional.linear(_weighted_shrink(x_TI, a_RI, weights_TN), b_OR)
 
 
-def add_routed_lora(y_TO: Tensor, x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, weights_TN: Tensor) -> Tensor:
-    """y + routed_lora(x, ...) with the sum inside the second product. Without gradients y itself is updated."""
-    h_TR = _weighted_shrink(x_TI, a_RI, weights_TN)
+def add_routed_lora(y_TO: Tensor, x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, weights_TN: Tensor | None = None) -> Tensor:
+    """y + routed_lora(x, ...) with the sum inside the second product; no weights means 1 everywhere.
+
+    Without gradients y itself is updated.
+    """
+    h_TR = functional.linear(x_TI, a_RI) if weights_TN is None else _weighted_shrink(x_TI, a_RI, weights_TN)
     if torch.is_grad_enabled():
         return torch.addmm(y_TO, h_TR, b_OR.t())
     return y_TO.addmm_(h_TR, b_OR.t())

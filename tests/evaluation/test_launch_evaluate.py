@@ -1,4 +1,4 @@
-"""launch/evaluate.py on a real export of a tiny model: the table, its arms, and errors before anything is loaded."""
+"""launch/evaluate.py on a real export of a tiny model: the table, its arms, errors before anything is loaded."""
 
 from __future__ import annotations
 

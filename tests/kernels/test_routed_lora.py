@@ -50,9 +50,7 @@ def test_masked_concat_equals_naive_forward_and_backward(tokens, width_in, width
     slow = naive(twin_leaves[0], [(p, q, 1.0) for p, q in zip(parts_a, parts_b)], twin_leaves[3])
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-11)
     upstream = torch.randn(slow.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for got, want in zip(
-        torch.autograd.grad(fast, leaves, upstream), torch.autograd.grad(slow, twin_leaves, upstream)
-    ):
+    for got, want in zip(torch.autograd.grad(fast, leaves, upstream), torch.autograd.grad(slow, twin_leaves, upstream)):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-9)
     torch.testing.assert_close(naive(x, adapters, weights), slow.detach(), rtol=1e-12, atol=1e-11)
 
@@ -60,9 +58,7 @@ def test_masked_concat_equals_naive_forward_and_backward(tokens, width_in, width
 def test_equal_ranks_take_one_weight_per_expert() -> None:
     x, adapters, weights = problem(17, 8, 5, (3, 3, 3, 3))
     a, b = bank(adapters)
-    torch.testing.assert_close(
-        routed_lora(x, a, b, weights), naive(x, adapters, weights), rtol=1e-12, atol=1e-11
-    )
+    torch.testing.assert_close(routed_lora(x, a, b, weights), naive(x, adapters, weights), rtol=1e-12, atol=1e-11)
 
 
 def test_adding_in_place_and_out_of_place_agree() -> None:
@@ -82,9 +78,7 @@ def test_rows_equal_masked_concat_with_one_hot_rows() -> None:
     a, b = bank(adapters)
     expert_B = torch.tensor([2, 0, 2])
     gate = torch.rand(3, 7, 1, dtype=torch.float64)
-    one_hot = torch.nn.functional.one_hot(expert_B, 3).double().repeat_interleave(7, dim=0) * gate.reshape(
-        -1, 1
-    )
+    one_hot = torch.nn.functional.one_hot(expert_B, 3).double().repeat_interleave(7, dim=0) * gate.reshape(-1, 1)
     want = routed_lora(x, a, b, one_hot).view(3, 7, 5)
     stacked_a = torch.stack([q for q, _, _ in adapters])[expert_B]
     stacked_b = torch.stack([q * s for _, q, s in adapters])[expert_B]

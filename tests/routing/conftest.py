@@ -83,12 +83,8 @@ def mixed(model: LlamaForCausalLM) -> ExpertLibrary:
         [
             make_expert(model, "ant", rank=1, alpha=1),
             make_expert(model, "bee", rank=9, rslora=True, targets=("q_proj", "down_proj")),
-            make_expert(
-                model, "cat", rank=3, targets=("q_proj", "v_proj", "gate_proj"), rank_pattern={first: 5}
-            ),
-            make_expert(
-                model, "dog", rank=4, targets=("self_attn.q_proj", "up_proj"), alpha_pattern={first: 2.0}
-            ),
+            make_expert(model, "cat", rank=3, targets=("q_proj", "v_proj", "gate_proj"), rank_pattern={first: 5}),
+            make_expert(model, "dog", rank=4, targets=("self_attn.q_proj", "up_proj"), alpha_pattern={first: 2.0}),
         ]
     )
 

@@ -52,5 +52,5 @@ def test_wrong_gates_are_refused(model, mixed, tmp_path, change, error, text) ->
 
 
 def test_an_ungated_library_cannot_be_saved(model, new_expert, equal, tmp_path) -> None:
-    with pytest.raises(ArtifactError, match="EXP-003.*eel"):
+    with pytest.raises(ArtifactError, match=r"EXP-003.*eel"):
         save_gates(equal.add(new_expert(model, "eel", gates=False)), tmp_path / "gates.safetensors")

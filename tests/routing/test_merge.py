@@ -35,9 +35,7 @@ def test_mean_of_products_is_exact_and_not_the_product_of_means(model, mixed, eq
 
 def test_ties_on_products_equals_a_plain_implementation(model, new_expert) -> None:
     """Trim to the largest half, elect signs by summed value, average the agreeing ones (TIES, eq. 1-3), then SVD."""
-    library = ExpertLibrary(
-        new_expert(model, n, rank=r, targets=("k_proj",)) for n, r in (("ant", 2), ("bee", 5))
-    )
+    library = ExpertLibrary(new_expert(model, n, rank=r, targets=("k_proj",)) for n, r in (("ant", 2), ("bee", 5)))
     merged = peft_merge(library, "ties_svd", density=0.5)
     for site in library.sites:
         trimmed = []
@@ -69,15 +67,15 @@ def test_dare_keeps_the_mean_at_density_one_and_follows_its_seed(model, new_expe
 @pytest.mark.parametrize("kind", ["ties", "dare_ties"])
 def test_merges_apart_need_one_rank_and_one_target_set(model, new_expert, mixed, kind) -> None:
     library = ExpertLibrary([new_expert(model, "ant", rank=2), new_expert(model, "bee", rank=3)])
-    with pytest.raises(RecipeError, match=f"CFG-025.*{kind}_svd"):
+    with pytest.raises(RecipeError, match=rf"CFG-025.*{kind}_svd"):
         peft_merge(library, kind)
-    with pytest.raises(RecipeError, match="CFG-025.*lacks some sites"):
+    with pytest.raises(RecipeError, match=r"CFG-025.*lacks some sites"):
         peft_merge(mixed, kind)
-    with pytest.raises(RecipeError, match="CFG-025.*Did you mean 'ties'"):
+    with pytest.raises(RecipeError, match=r"CFG-025.*Did you mean 'ties'"):
         peft_merge(library, "tise")
-    with pytest.raises(RecipeError, match="CFG-025.*density"):
+    with pytest.raises(RecipeError, match=r"CFG-025.*density"):
         peft_merge(library, kind, density=0)
-    with pytest.raises(RecipeError, match="CFG-021"):
+    with pytest.raises(RecipeError, match=r"CFG-021"):
         mean_of_products(ExpertLibrary())
 
 

@@ -139,16 +139,14 @@ def test_oracle_generation_keeps_rows_apart(model, equal, tokens) -> None:
         mixed_rows = model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
     for row, name in enumerate(("dog", "ant", "bee")):
         set_router(model, f"expert:{name}")
-        one = model.generate(
-            tokens[row : row + 1], attention_mask=torch.ones(1, 11, dtype=torch.long), **settings
-        )
+        one = model.generate(tokens[row : row + 1], attention_mask=torch.ones(1, 11, dtype=torch.long), **settings)
         assert torch.equal(one[0], mixed_rows[row])
     set_router(model, "oracle")
-    with pytest.raises(QuietGooseError, match="RTE-002.*assign_rows"):
+    with pytest.raises(QuietGooseError, match=r"RTE-002.*assign_rows"):
         model(tokens)
-    with assign_rows(model, [0, 1]), pytest.raises(QuietGooseError, match="RTE-002.*2 rows.*33 tokens"):
+    with assign_rows(model, [0, 1]), pytest.raises(QuietGooseError, match=r"RTE-002.*2 rows.*33 tokens"):
         model(tokens)
-    with pytest.raises(RecipeError, match="RTE-002"), assign_rows(model, [0, 4]):
+    with pytest.raises(RecipeError, match=r"RTE-002"), assign_rows(model, [0, 4]):
         pass
 
 
@@ -178,28 +176,28 @@ def test_bf16_base_computes_in_bf16_and_routes_in_fp32(model, mixed, tokens) -> 
 
 
 def test_errors_name_the_cause(model, equal, new_model, new_expert, tokens) -> None:
-    with pytest.raises(QuietGooseError, match="RTE-001"):
+    with pytest.raises(QuietGooseError, match=r"RTE-001"):
         set_router(model, "uniform")
-    with pytest.raises(RecipeError, match="CFG-021.*Did you mean 'bee'"):
+    with pytest.raises(RecipeError, match=r"CFG-021.*Did you mean 'bee'"):
         attach(model, equal, "expert:beee")
     assert not any(isinstance(m, RoutedLinear) for m in model.modules())
-    with pytest.raises(RecipeError, match="CFG-022.*average_activation"):
+    with pytest.raises(RecipeError, match=r"CFG-022.*average_activation"):
         attach(model, equal, "average_activation")
-    with pytest.raises(RecipeError, match="CFG-024.*at least 1"):
+    with pytest.raises(RecipeError, match=r"CFG-024.*at least 1"):
         attach(model, equal, k=0)
-    with pytest.raises(ArtifactError, match="EXP-002.*another base"):
+    with pytest.raises(ArtifactError, match=r"EXP-002.*another base"):
         attach(new_model(hidden_size=32), equal)
-    with pytest.raises(ArtifactError, match="EXP-002.*no such module"):
+    with pytest.raises(ArtifactError, match=r"EXP-002.*no such module"):
         attach(new_model(num_hidden_layers=1), equal)
-    with pytest.raises(RecipeError, match="CFG-021.*empty"):
+    with pytest.raises(RecipeError, match=r"CFG-021.*empty"):
         attach(model, ExpertLibrary())
     zero = {site: torch.zeros(equal["ant"].adapters[site].a_RI.shape[1]) for site in equal.sites}
-    with pytest.raises(ArtifactError, match="EXP-003.*zero"):
+    with pytest.raises(ArtifactError, match=r"EXP-003.*zero"):
         equal["ant"].with_gates(zero)
-    with pytest.raises(RecipeError, match="CFG-021.*two experts"):
+    with pytest.raises(RecipeError, match=r"CFG-021.*two experts"):
         equal.add(new_expert(model, "ant"))
     attach(model, equal)
     vectors = {site: {n: equal[n].gates[site] for n in equal.names} for site in equal.sites}
     vectors[equal.sites[3]]["cat"] = torch.zeros_like(vectors[equal.sites[3]]["cat"])
-    with pytest.raises(ArtifactError, match="EXP-003.*cat"):
+    with pytest.raises(ArtifactError, match=r"EXP-003.*cat"):
         set_router(model, "phatgoose", vectors=vectors)

@@ -51,9 +51,7 @@ def saved(model, new_expert, tmp_path) -> Path:
 
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_peft_adapters_load_with_equal_logits(new_model, tokens, tmp_path, case: str) -> None:
-    theirs = peft.get_peft_model(
-        new_model(), peft.LoraConfig(task_type="CAUSAL_LM", **PEFT_CASES[case])
-    ).eval()
+    theirs = peft.get_peft_model(new_model(), peft.LoraConfig(task_type="CAUSAL_LM", **PEFT_CASES[case])).eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path)
     model = new_model()
@@ -70,9 +68,7 @@ def test_ours_open_in_peft_with_equal_logits(new_model, mixed, tokens, tmp_path,
     theirs = peft.PeftModel.from_pretrained(new_model(), tmp_path).eval()
     ours = attach(new_model(), ExpertLibrary([expert]), f"expert:{which}")
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-    adapted = {
-        n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)
-    }
+    adapted = {n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
     assert adapted == set(expert.sites)
     again = load_peft(tmp_path, which, all_sites(new_model()))
     assert again.tensor_hash() == expert.tensor_hash()
@@ -116,7 +112,7 @@ def test_bad_configurations_are_refused(model, saved, case: str) -> None:
     change, text = BAD_CONFIG[case]
     values = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**values, **change}))
-    with pytest.raises(SecurityError, match="SEC-004.*" + re.escape(text)):
+    with pytest.raises(SecurityError, match=r"SEC-004.*" + re.escape(text)):
         load_peft(saved, "ant", all_sites(model))
 
 
@@ -125,7 +121,7 @@ def test_bad_configurations_are_refused(model, saved, case: str) -> None:
 )
 def test_broken_json_is_refused(model, saved, text: str) -> None:
     (saved / CONFIG).write_bytes(text.encode("latin-1"))
-    with pytest.raises(SecurityError, match="SEC-004"):
+    with pytest.raises(SecurityError, match=r"SEC-004"):
         load_peft(saved, "ant", all_sites(model))
 
 
@@ -144,18 +140,18 @@ def test_pickled_weights_are_refused_before_they_run(model, saved, tmp_path) -> 
     with pytest.raises(SecurityError, match=r"SEC-001.*adapter_model\.bin"):
         load_peft(saved, "ant", all_sites(model))
     (saved / "adapter_model.bin").rename(saved / WEIGHTS)
-    with pytest.raises(SecurityError, match="SEC-005.*header"):
+    with pytest.raises(SecurityError, match=r"SEC-005.*header"):
         load_peft(saved, "ant", all_sites(model))
     assert not canary.exists()
 
 
 def test_names_and_links_that_leave_the_folder_are_refused(model, saved, tmp_path) -> None:
     for name in ("../../x", "a/b", "", "x" * 65, "nul", "a\x00", "аnt"):
-        with pytest.raises(NameRefused, match="SEC-002"):
+        with pytest.raises(NameRefused, match=r"SEC-002"):
             load_peft(saved, name, all_sites(model))
     (saved / WEIGHTS).rename(tmp_path / "outside.safetensors")
     (saved / WEIGHTS).symlink_to(tmp_path / "outside.safetensors")
-    with pytest.raises(SecurityError, match="SEC-003"):
+    with pytest.raises(SecurityError, match=r"SEC-003"):
         load_peft(saved, "ant", all_sites(model))
 
 
@@ -204,7 +200,8 @@ def edit_everything(t):
 
 
 EDITS = {
-    edit_nan: "NaN", edit_missing: "lora_A is missing", edit_extra: "unexpected name", edit_magnitude: "unexpected name",
+    edit_nan: "NaN", edit_missing: "lora_A is missing", edit_extra: "unexpected name",
+    edit_magnitude: "unexpected name",
     edit_rank: "shape", edit_transpose: "shape", edit_dtype: "dtype 'I32'", edit_empty: "at least one value",
     edit_everything: "no tensors",
 }  # fmt: skip
@@ -215,7 +212,7 @@ def test_bad_tensors_are_refused(model, saved, edit) -> None:
     tensors = load_file(saved / WEIGHTS)
     edit(tensors)
     save_file(tensors, saved / WEIGHTS)
-    with pytest.raises(SecurityError, match="SEC-005.*" + EDITS[edit]):
+    with pytest.raises(SecurityError, match=r"SEC-005.*" + EDITS[edit]):
         load_peft(saved, "ant", all_sites(model))
 
 
@@ -248,7 +245,7 @@ def no_offsets(header) -> None:
 @pytest.mark.parametrize("change", [overlap, negative, huge, no_offsets])
 def test_dishonest_headers_are_refused(model, saved, change) -> None:
     rewrite_header(saved / WEIGHTS, change)
-    with pytest.raises(SecurityError, match="SEC-005"):
+    with pytest.raises(SecurityError, match=r"SEC-005"):
         load_peft(saved, "ant", all_sites(model))
 
 
@@ -257,30 +254,26 @@ def test_truncated_files_and_header_bombs_are_refused(model, saved, cut: int) ->
     data = (saved / WEIGHTS).read_bytes()
     for bad in (data[:cut], data + b"\0", (2**40).to_bytes(8, "little") + data[8:]):
         (saved / WEIGHTS).write_bytes(bad)
-        with pytest.raises(SecurityError, match="SEC-005"):
+        with pytest.raises(SecurityError, match=r"SEC-005"):
             load_peft(saved, "ant", all_sites(model))
 
 
 def test_other_bases_and_missing_files_are_named(new_model, saved, tmp_path) -> None:
-    with pytest.raises(ArtifactError, match="EXP-002.*another base"):
+    with pytest.raises(ArtifactError, match=r"EXP-002.*another base"):
         load_peft(saved, "ant", all_sites(new_model(num_hidden_layers=1)))
-    with pytest.raises(SecurityError, match="SEC-005.*shape"):
+    with pytest.raises(SecurityError, match=r"SEC-005.*shape"):
         load_peft(saved, "ant", all_sites(new_model(hidden_size=32)))
-    with pytest.raises(ArtifactError, match="EXP-001"):
+    with pytest.raises(ArtifactError, match=r"EXP-001"):
         load_peft(tmp_path / "nowhere", "ant", all_sites(new_model()))
     (saved / WEIGHTS).unlink()
-    with pytest.raises(ArtifactError, match="EXP-001"):
+    with pytest.raises(ArtifactError, match=r"EXP-001"):
         load_peft(saved, "ant", all_sites(new_model()))
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from(sorted(RULES)), st.none() | st.booleans() | st.integers() | st.text(max_size=5)
-    )
-)
+@given(st.dictionaries(st.sampled_from(sorted(RULES)), st.none() | st.booleans() | st.integers() | st.text(max_size=5)))
 def test_any_configuration_is_read_or_refused_with_a_code(tmp_path_factory, change) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (folder / CONFIG).write_text(json.dumps({**values, **change}))
-    with pytest.raises(QuietGooseError, match="QG-(SEC-004|EXP-001)"):
+    with pytest.raises(QuietGooseError, match=r"QG-(SEC-004|EXP-001)"):
         load_peft(folder, "ant", [])

@@ -55,9 +55,7 @@ def test_phatgoose_equals_the_fp64_twin(k: int) -> None:
     weights, index = phatgoose(x, prepare_phatgoose(v), k)
     want_weights, want_index = twin(x, v, k)
     assert index.tolist() == want_index
-    torch.testing.assert_close(
-        weights, torch.tensor(want_weights, dtype=torch.float64), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(weights, torch.tensor(want_weights, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 def test_fp32_and_bf16_tokens_stay_close_to_fp64() -> None:
@@ -150,7 +148,7 @@ def test_uniform_is_one_over_n() -> None:
 
 
 def test_unknown_router_and_missing_gates(equal, model, new_expert) -> None:
-    with pytest.raises(RecipeError, match="CFG-023.*Did you mean 'phatgoose'"):
+    with pytest.raises(RecipeError, match=r"CFG-023.*Did you mean 'phatgoose'"):
         router_kind("fatgoose")
-    with pytest.raises(RecipeError, match="CFG-022.*eel has no gates"):
+    with pytest.raises(RecipeError, match=r"CFG-022.*eel has no gates"):
         gate_vectors(equal.add(new_expert(model, "eel", gates=False)))

@@ -17,9 +17,7 @@ def test_targets_select_what_peft_selects(new_model, targets) -> None:
     model = new_model()
     wanted = "all-linear" if targets == ["all-linear"] else targets
     theirs = peft.get_peft_model(new_model(), peft.LoraConfig(target_modules=wanted))
-    adapted = {
-        n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)
-    }
+    adapted = {n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
     names = [site.name for site in find_sites(model, targets)]
     assert set(names) == adapted
     short = target_names(names, [s.name for s in all_sites(model)])
@@ -27,13 +25,13 @@ def test_targets_select_what_peft_selects(new_model, targets) -> None:
 
 
 def test_bad_targets_are_named(model) -> None:
-    with pytest.raises(RecipeError, match="CFG-020.*'q_prj'.*Did you mean 'q_proj'"):
+    with pytest.raises(RecipeError, match=r"CFG-020.*'q_prj'.*Did you mean 'q_proj'"):
         find_sites(model, ["q_prj"])
-    with pytest.raises(RecipeError, match="CFG-020.*LlamaRMSNorm"):
+    with pytest.raises(RecipeError, match=r"CFG-020.*LlamaRMSNorm"):
         find_sites(model, ["input_layernorm"])
-    with pytest.raises(RecipeError, match="CFG-020.*output head"):
+    with pytest.raises(RecipeError, match=r"CFG-020.*output head"):
         find_sites(model, ["lm_head"])
-    with pytest.raises(RecipeError, match="CFG-020.*empty"):
+    with pytest.raises(RecipeError, match=r"CFG-020.*empty"):
         find_sites(model, [])
 
 

@@ -58,7 +58,7 @@ def test_means_leave_padding_out(model, equal, tokens) -> None:
     model(tokens)
     handle.remove()
     torch.testing.assert_close(means[site], seen[0][1:].flatten(0, 1).mean(0), rtol=1e-4, atol=1e-5)
-    with pytest.raises(DataError, match="DATA-010"):
+    with pytest.raises(DataError, match=r"DATA-010"):
         site_means(model, [({"input_ids": tokens}, torch.zeros(3, 11))])
 
 

@@ -51,9 +51,7 @@ def train(module, batches: list[Rows], lr: float = 1e-2, clip: float = 0.5) -> d
     groups = module.parameter_groups()
     optimizer = torch.optim.AdamW([{"params": g["params"]} for g in groups], lr=lr, weight_decay=0.0)
     for batch in batches:
-        counts = torch.stack(
-            [(batch.labels_BT[batch.expert_B == e] != -100).sum() for e in range(len(groups))]
-        )
+        counts = torch.stack([(batch.labels_BT[batch.expert_B == e] != -100).sum() for e in range(len(groups))])
         optimizer.zero_grad()
         (module(batch) / counts.clamp(min=1)).sum().backward()
         for group in groups:
@@ -80,9 +78,7 @@ def test_all_experts_together_equal_separate_runs(new_model) -> None:
         start = experts_of(new_model(), (name,))
         assert torch.equal(start.bank.flat(name), experts_of(new_model()).bank.flat(name))
         alone = train(start, [only(batch, e) for batch in batches])
-        torch.testing.assert_close(
-            trained[f"bank.flat_{name}"], alone[f"bank.flat_{name}"], rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(trained[f"bank.flat_{name}"], alone[f"bank.flat_{name}"], rtol=1e-5, atol=1e-6)
 
 
 def test_rows_of_one_expert_never_move_another(new_model) -> None:
@@ -97,9 +93,7 @@ def test_fresh_experts_equal_the_base_and_trained_ones_the_attached_model(new_mo
     batch = rows([0, 1, 2])
     model = new_model()
     logits = model(batch.tokens_BT).logits
-    want = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch.labels_BT.flatten(), reduction="none"
-    )
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_BT.flatten(), reduction="none")
     module = experts_of(model)
     torch.testing.assert_close(module(batch), want.view(3, -1).sum(1), rtol=1e-5, atol=1e-5)
     trained = train(module, [rows([0, 1, 2], seed=s) for s in range(3)])
@@ -232,9 +226,7 @@ def test_gate_is_half_at_step_zero_and_moves_only_if_b_is_not_zero(new_model, mi
     silent = [
         dataclasses.replace(
             e,
-            adapters={
-                s: dataclasses.replace(a, b_OR=torch.zeros_like(a.b_OR)) for s, a in e.adapters.items()
-            },
+            adapters={s: dataclasses.replace(a, b_OR=torch.zeros_like(a.b_OR)) for s, a in e.adapters.items()},
         )
         for e in mixed
     ]
@@ -302,5 +294,5 @@ def test_gate_gradient_equals_the_formula(new_model, new_expert) -> None:
 def test_gates_without_data_are_refused(new_model, equal) -> None:
     module = TrainableGates(new_model(), equal, inputs)
     trained = train(module, [rows([0, 1, 2, 0])])
-    with pytest.raises(ArtifactError, match="EXP-003.*dog.*zero"):
+    with pytest.raises(ArtifactError, match=r"EXP-003.*dog.*zero"):
         module.library(trained)

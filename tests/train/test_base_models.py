@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from quietgoose.base.errors import ArtifactError, DataError, EnvironmentProblem, RecipeError, SecurityError
+from quietgoose.base.errors import (
+    ArtifactError,
+    DataError,
+    EnvironmentProblem,
+    RecipeError,
+    SecurityError,
+    StorageError,
+)
 from quietgoose.train import base_models
 from quietgoose.train.base_models import load_base, weight_files
 from quietgoose.train.gguf_import import MANIFEST
@@ -151,6 +158,16 @@ def test_only_safetensors_from_inside_the_folder(folder, tmp_path):
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
     with pytest.raises(ArtifactError, match=r"CKPT-010 .*missing"):
         load_base(smol(folder))
+
+
+def test_an_adapter_is_no_base_and_a_cache_that_is_a_file_is_said(folder, tmp_path):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/model"}')
+    with pytest.raises(RecipeError, match=r"CFG-013 .*is a PEFT adapter"):
+        load_base(smol(folder))
+    (tmp_path / "cache").write_text("")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(StorageError, match="IO-001"):
+        load_base(smol(tmp_path / "a.gguf"), cache=tmp_path / "cache")
 
 
 def test_links_of_the_hub_cache_are_followed(folder, tmp_path):

@@ -89,9 +89,7 @@ def test_flash_inputs_mean_the_same_documents(monkeypatch):
     from transformers import AttentionInterface
     from transformers.models.llama.modeling_llama import repeat_kv
 
-    def varlen(
-        module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **kwargs
-    ):
+    def varlen(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **kwargs):
         assert mask is None
         assert kwargs["max_length_q"] >= int(cu_seq_lens_q.diff().max())
         groups = query.shape[1] // key.shape[1]
@@ -138,9 +136,7 @@ def test_flash_attention_equals_the_mask_on_the_gpu():
     assert resolve_attention("auto", "cuda", torch.bfloat16)[0] == "flash_attention_2"
     settings = NanoSettings(layers=2, width=256, heads=4, kv_heads=2, mlp_width=256, context=256)
     lengths = torch.randint(1, 60, (8, 5), generator=torch.Generator().manual_seed(0)).tolist()
-    batch = packed([[[7 * n % 250 + i % 5 for i in range(n)] for n in row] for row in lengths], 300).to(
-        "cuda"
-    )
+    batch = packed([[[7 * n % 250 + i % 5 for i in range(n)] for n in row] for row in lengths], 300).to("cuda")
     used = batch.segment_BT.flatten() > 0
     results = {}
     for name, dtype in (
@@ -151,18 +147,14 @@ def test_flash_attention_equals_the_mask_on_the_gpu():
         implementation = "sdpa" if name == "exact" else name
         net = build_nano(settings, 0).model.to("cuda", dtype)
         net.set_attn_implementation(implementation)
-        logits = (
-            net(**model_inputs(batch, implementation), use_cache=False).logits.flatten(0, 1)[used].float()
-        )
+        logits = net(**model_inputs(batch, implementation), use_cache=False).logits.flatten(0, 1)[used].float()
         logits.square().mean().backward()
         gradient = net.model.layers[0].self_attn.q_proj.weight.grad.float()
         results[name] = SimpleNamespace(logits=logits.detach(), gradient=gradient)
 
     def error(name, field):
         right = getattr(results["exact"], field)
-        return float(
-            (getattr(results[name], field) - right).square().mean().sqrt() / right.square().mean().sqrt()
-        )
+        return float((getattr(results[name], field) - right).square().mean().sqrt() / right.square().mean().sqrt())
 
     for field in ("logits", "gradient"):
         flash, sdpa = error("flash_attention_2", field), error("sdpa", field)

@@ -124,6 +124,10 @@ def test_every_epoch_sees_every_row_once_in_another_order():
     epochs = [[int(data.row_numbers(0, e * a.rows + s)[0]) for s in range(a.rows)] for e in range(3)]
     assert all(sorted(epoch) == list(range(a.rows)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+    twins = StepData([a, expert("twin")], 1, 1, seed=0)
+    orders = [[int(twins.row_numbers(e, s)[0]) for s in range(a.rows)] for e in (0, 1)]
+    assert orders[0] == epochs[0]
+    assert orders[0] != orders[1]  # experts do not march in step
     wide = StepData([a], 3 * a.rows, 4, seed=0)  # one step of three epochs
     assert wide.row_numbers(0, 0).tolist() == [n for epoch in epochs for n in epoch]
 
@@ -162,9 +166,7 @@ def test_types_and_hash():
     a = expert("a")
     data = StepData([a], 2, 2, seed=0)
     batch = data.step(0).micro[0]
-    assert {getattr(batch, f).dtype for f in ("tokens_BT", "labels_BT", "position_BT", "expert_B")} == {
-        torch.int64
-    }
+    assert {getattr(batch, f).dtype for f in ("tokens_BT", "labels_BT", "position_BT", "expert_B")} == {torch.int64}
     assert (batch.segment_BT.dtype, data.step(0).count_E.dtype) == (torch.int32, torch.float64)
     assert data.hash() == StepData([a], 2, 1, seed=0, rank=1, world=2).hash()
     others = [

@@ -109,14 +109,25 @@ def test_hugging_face_dataset_by_name(monkeypatch):
 
     def load(name, configuration, split):
         assert (name, configuration, split) == ("org/name", "conf", "train")
-        return datasets.Dataset.from_list(
-            [{"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": ""}]
-        )
+        return datasets.Dataset.from_list([{"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": ""}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows, report = read("org/name:conf", "skip")
     assert rows[0].completion == " b"
     assert "dataset org/name:conf[train], row 1: field completion is empty" in report.reasons[0]
+
+
+def test_embedded_skills_by_name(monkeypatch):
+    import sys
+    from types import ModuleType
+
+    skills = ModuleType("quietgoose.train.skills")
+    skills.rows = lambda name, split, seed: [{"prompt": f"{name} {split} {seed}", "completion": " ok"}]
+    monkeypatch.setitem(sys.modules, "quietgoose.train.skills", skills)
+    source = open_source(SourceSettings(path="skills:reverse", split="test"), "e", 7)
+    [row] = read_rows(source, None, BadRows("error", RowReport()))
+    assert row.prompt == "reverse test 7"
+    assert source.fingerprint() != open_source(SourceSettings(path="skills:reverse"), "e", 7).fingerprint()
 
 
 def test_all_bad_is_refused_and_some_bad_is_counted(tmp_path, caplog):

@@ -39,9 +39,7 @@ def bpe():
 
 def encode(row, tokenizer, **rule):
     report = RowReport(taken=1)
-    documents = list(
-        encode_rows([row], tokenizer, TokenSettings(**{"length": 64, **rule}), BadRows("skip", report))
-    )
+    documents = list(encode_rows([row], tokenizer, TokenSettings(**{"length": 64, **rule}), BadRows("skip", report)))
     return documents, report
 
 
@@ -129,9 +127,7 @@ def test_over_long_rows_are_refused_at_the_exact_length(size, fits):
 @pytest.fixture
 def source(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        "\n".join(json.dumps({"prompt": f"{n}+{n}=", "completion": f" {2 * n}"}) for n in range(50))
-    )
+    path.write_text("\n".join(json.dumps({"prompt": f"{n}+{n}=", "completion": f" {2 * n}"}) for n in range(50)))
     return SourceSettings(path=str(path))
 
 
@@ -163,6 +159,19 @@ def test_cache_is_hit_and_every_cause_of_change_misses(tmp_path, source, monkeyp
     with open(source.path, "a") as handle:
         handle.write('\n{"prompt": "1", "completion": " 1"}')
     assert files() == 6
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, source, caplog, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert len(token_set(source, "e", nano_tokenizer(), TokenSettings(32), tmp_path / "file", 0)) == 50
+    assert "cannot be used" in caplog.text
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_token_set", full)
+    assert len(token_set(source, "e", nano_tokenizer(), TokenSettings(32), tmp_path / "cache", 0)) == 50
+    assert "No space left" in caplog.text
 
 
 def test_a_cache_this_program_did_not_write_is_refused_and_never_unpickled(tmp_path, source):

@@ -93,13 +93,9 @@ def resolve_attention(name: str, device: torch.device | str, dtype: torch.dtype 
     """
     obstacle, installed = _flash_obstacle(torch.device(device), str(dtype).removeprefix("torch."))
     if name == "auto":
-        return (
-            ("sdpa", f"flash attention needs {obstacle}") if obstacle else ("flash_attention_2", "installed")
-        )
+        return ("sdpa", f"flash attention needs {obstacle}") if obstacle else ("flash_attention_2", "installed")
     if name not in IMPLEMENTATIONS:
-        raise RecipeError(
-            f"base.attention: {name}; allowed are auto, {', '.join(IMPLEMENTATIONS)}", code="CFG-010"
-        )
+        raise RecipeError(f"base.attention: {name}; allowed are auto, {', '.join(IMPLEMENTATIONS)}", code="CFG-010")
     if name == "flash_attention_2" and obstacle:
         text = f"base.attention: flash_attention_2 needs {obstacle}; set base.attention: auto or sdpa"
         if installed:
@@ -119,8 +115,4 @@ def _flash_obstacle(device: torch.device, dtype: str) -> tuple[str, bool]:
         return "the package flash-attn (pip install 'quietgoose[gpu]')", False
     from transformers.utils import is_flash_attn_2_available
 
-    return (
-        ("", True)
-        if is_flash_attn_2_available()
-        else ("a flash-attn 2 that this transformers accepts", False)
-    )
+    return ("", True) if is_flash_attn_2_available() else ("a flash-attn 2 that this transformers accepts", False)

@@ -32,19 +32,12 @@ def resolve_sources(data: DataSettings) -> dict[str, SourceSettings]:
     """
     sources: dict[str, SourceSettings] = {}
     if data.collection:
-        sources = {
-            name: SourceSettings(path=str(path))
-            for name, path in _tasks(data.collection, data.include).items()
-        }
+        sources = {name: SourceSettings(path=str(path)) for name, path in _tasks(data.collection, data.include).items()}
     elif data.include:
-        raise RecipeError(
-            "data.include names tasks of a collection; set data.collection to its folder", code="CFG-011"
-        )
+        raise RecipeError("data.include names tasks of a collection; set data.collection to its folder", code="CFG-011")
     for name, source in data.experts.items():
         if name in sources:
-            raise RecipeError(
-                f"data.experts.{name}: data.include has this name already; rename one", code="CFG-011"
-            )
+            raise RecipeError(f"data.experts.{name}: data.include has this name already; rename one", code="CFG-011")
         sources[safe_name(name)] = source
     return sources
 
@@ -89,8 +82,7 @@ def _tasks(collection: str, include: list[str]) -> dict[str, Path]:
     for name in include:
         if safe_name(name) not in there:
             raise RecipeError(
-                f"data.include: '{name}' is no folder of {collection};{suggest(name, there)} "
-                f"it has {', '.join(there)}",
+                f"data.include: '{name}' is no folder of {collection};{suggest(name, there)} it has {', '.join(there)}",
                 code="CFG-011",
             )
     if len(set(include)) < len(include):

@@ -121,9 +121,7 @@ class StepData:
         packed = self.experts[expert]
         kept = self._orders.get(packed.name)
         if kept is None or kept[0] != epoch:
-            order = torch.randperm(
-                packed.rows, generator=generator(self.seed, "order", packed.name, epoch)
-            ).numpy()
+            order = torch.randperm(packed.rows, generator=generator(self.seed, "order", packed.name, epoch)).numpy()
             kept = self._orders[packed.name] = (epoch, order)
         return kept[1]
 
@@ -161,9 +159,7 @@ class StepData:
 
 def _check(experts: list[PackedExpert], rows_per_expert: int, micro_rows: int) -> None:
     if not experts:
-        raise DataError(
-            "no source of rows: set data.collection with data.include, or data.experts", code="DATA-003"
-        )
+        raise DataError("no source of rows: set data.collection with data.include, or data.experts", code="DATA-003")
     for name, value in (("rows_per_expert", rows_per_expert), ("micro_rows", micro_rows)):
         if value < 1:
             raise DataError(f"train.{name} is {value}; it must be at least 1", code="DATA-003")
@@ -175,7 +171,5 @@ def _check(experts: list[PackedExpert], rows_per_expert: int, micro_rows: int) -
 def _pinned(batch: StepBatch) -> StepBatch:
     """Page-locked copies, so that Batch.to(cuda) does not wait. Done in the caller's thread, on its
     device."""
-    micro = tuple(
-        Batch(*(getattr(m, name).pin_memory() for name in (*FIELDS, "expert_B"))) for m in batch.micro
-    )
+    micro = tuple(Batch(*(getattr(m, name).pin_memory() for name in (*FIELDS, "expert_B"))) for m in batch.micro)
     return StepBatch(batch.step, micro, batch.count_E, batch.tokens)

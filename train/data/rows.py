@@ -95,9 +95,7 @@ def open_source(settings: SourceSettings, name: str, seed: int) -> Source:
         return FileSource(split_file(local, settings.split))
     if local.is_file():
         if not path.endswith(FILE_ENDINGS):
-            raise DataError(
-                f"{path}: allowed are files ending in {' or '.join(FILE_ENDINGS)}", code="DATA-002"
-            )
+            raise DataError(f"{path}: allowed are files ending in {' or '.join(FILE_ENDINGS)}", code="DATA-002")
         return FileSource(local)
     if path.endswith((*FILE_ENDINGS, ".json", ".gz")) or path.startswith((".", "/", "~")):
         raise DataError(f"{path}: no such file or folder (source of '{name}')", code="DATA-002")
@@ -241,18 +239,14 @@ def _chat(where: str, messages: Any, bad: BadRows) -> Row | None:
         return bad.bad(where, f"field messages: must be a list of messages, found {type(messages).__name__}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            return bad.bad(
-                where, f"field messages[{index}]: must be an object, found {type(message).__name__}"
-            )
+            return bad.bad(where, f"field messages[{index}]: must be an object, found {type(message).__name__}")
         reason = _text_problem(message, "role") or _text_problem(
             message, "content", may_be_empty=message.get("role") != "assistant"
         )
         if reason:
             return bad.bad(where, f"messages[{index}], {reason}")
     if not any(message["role"] == "assistant" for message in messages):
-        return bad.bad(
-            where, "field messages: no assistant message, so no token would be trained", code="DATA-004"
-        )
+        return bad.bad(where, "field messages: no assistant message, so no token would be trained", code="DATA-004")
     return Row(where, messages=tuple({"role": m["role"], "content": m["content"]} for m in messages))
 
 
@@ -274,7 +268,5 @@ def _text_problem(value: Mapping[str, Any], name: str, *, may_be_empty: bool = F
 def _fingerprint_of_rows(source: Source) -> str:
     digest = hashlib.sha256()
     for where, value in source.raw(BadRows("skip", RowReport())):
-        digest.update(
-            json.dumps([where, value], sort_keys=True, default=str).encode("utf-8", "backslashreplace")
-        )
+        digest.update(json.dumps([where, value], sort_keys=True, default=str).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()

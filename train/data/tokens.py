@@ -82,11 +82,12 @@ def token_set(
     reads = tokenizer_sha256 or tokenizer_hash(tokenizer)
     key = sha256_json([CACHE_FORMAT, source.fingerprint(), settings.limit, reads, dataclasses.asdict(rule)])
     path = cache / f"{key[:32]}.safetensors"
-    with _locked(path):
-        if path.exists():
+    with _locked(path) as usable:
+        if usable and path.exists():
             return load_token_set(path)
         tokens = _build(source, settings.limit, name, tokenizer, rule)
-        save_token_set(tokens, path)
+        if usable:
+            _keep(tokens, path)
         return tokens
 
 
@@ -122,7 +123,7 @@ def encode_rows(
             bad.bad(
                 row.where,
                 f"{len(ids) - 1} tokens do not fit into data.sequence_length {rule.length} "
-                "(a completion is never cut, nor its prompt)",
+                "(neither prompt nor completion is ever cut); raise it",
                 code="DATA-004",
             )
         else:
@@ -144,9 +145,7 @@ def _build(source: Any, limit: int | None, name: str, tokenizer: Any, rule: Toke
             tokens.append(np.asarray(ids, dtype=np.int32))
             trained.append(np.asarray(mask, dtype=np.uint8))
     if report.skipped:
-        log.warning(
-            "%s: %d rows left out, %d taken; first: %s", name, report.skipped, report.taken, report.reasons[0]
-        )
+        log.warning("%s: %d rows left out, %d taken; first: %s", name, report.skipped, report.taken, report.reasons[0])
     if not tokens:
         raise DataError(f"'{name}': no good row in the source ({report.skipped} left out)", code="DATA-003")
     ends = np.cumsum([len(ids) for ids in tokens], dtype=np.int64)
@@ -197,9 +196,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], row: Row, prompt: bo
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except (TemplateError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{row.where}: the chat template refuses the messages ({error})", code="DATA-005"
-        ) from error
+        raise DataError(f"{row.where}: the chat template refuses the messages ({error})", code="DATA-005") from error
 
 
 def _cut_after(text: str, mark: str) -> tuple[str, str]:
@@ -211,9 +208,7 @@ def _cut_after(text: str, mark: str) -> tuple[str, str]:
 def _encode(documents: Sequence[list[Piece]], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """(ids, trained) per document, with the tokenizer's begin token if it sets one, end-of-text added and
     trained."""
-    prefix = [i for i in tokenizer("", add_special_tokens=True)["input_ids"] if i == tokenizer.bos_token_id][
-        :1
-    ]
+    prefix = [i for i in tokenizer("", add_special_tokens=True)["input_ids"] if i == tokenizer.bos_token_id][:1]
     texts = ["".join(text for text, _ in pieces[: k + 1]) for pieces in documents for k in range(len(pieces))]
     parts = [text for pieces in documents for text, _ in pieces]
     until = _ids(tokenizer, texts)
@@ -282,8 +277,7 @@ def load_token_set(path: Path) -> TokenSet:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         right = (
             metadata.get("format") == CACHE_FORMAT
-            and {name: array.dtype for name, array in arrays.items()}
-            == {n: np.dtype(t) for n, t in ARRAYS.items()}
+            and {name: array.dtype for name, array in arrays.items()} == {n: np.dtype(t) for n, t in ARRAYS.items()}
             and _hash(arrays) == metadata.get("sha256")
         )
         report = RowReport(**json.loads(metadata["report"])) if right else RowReport()
@@ -295,9 +289,7 @@ def load_token_set(path: Path) -> TokenSet:
 
 
 def _refused(path: Path, why: str) -> SecurityError:
-    return SecurityError(
-        f"{path}: not a token cache this program wrote ({why}); delete the file, it is made anew"
-    )
+    return SecurityError(f"{path}: not a token cache this program wrote ({why}); delete the file, it is made anew")
 
 
 def _hash(arrays: dict[str, np.ndarray]) -> str:
@@ -310,10 +302,26 @@ def _hash(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _keep(tokens: TokenSet, path: Path) -> None:
+    """Save to the cache; a full or read-only disk costs a warning, since the tokens are there already."""
+    from safetensors import SafetensorError
+
+    try:
+        save_token_set(tokens, path)
+    except (OSError, SafetensorError) as error:
+        log.warning("token cache %s: not written (%s); the next start tokenises again", path, error)
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold `path`'s lock file; the system lets go of it when a process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("a") as handle:
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold `path`'s lock file, which the system releases if the process dies. False: the folder cannot be used."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.with_suffix(".lock").open("a")
+    except OSError as error:
+        log.warning("token cache %s: cannot be used (%s); set data.cache to another folder", path.parent, error)
+        yield False
+        return
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield True

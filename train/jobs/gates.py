@@ -1,4 +1,4 @@
-"""The `gates` stage: one PHATGOOSE gate per expert and site, all experts in one pass; base and LoRA stay as they are."""
+"""The `gates` stage: one PHATGOOSE gate per expert and site, all in one pass; base and LoRA stay as they are."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from .checkpointing import recompute_activations
 class GateJob(TrainableGates):
     """One loss term per expert of the library, in its order (= `Batch.expert_B`)."""
 
-    def __init__(
-        self, model: nn.Module, attention: str, library: ExpertLibrary, settings: GateSettings
-    ) -> None:
+    def __init__(self, model: nn.Module, attention: str, library: ExpertLibrary, settings: GateSettings) -> None:
         super().__init__(model, library, lambda batch: model_inputs(batch, attention, self._compute_dtype()))
         recompute_activations(model, settings.train.activation_checkpointing)
 

@@ -1,0 +1,323 @@
+"""The only place that knows how DeepSpeed trains: builds it, takes one optimizer step, hands out full tensors.
+
+The loss of a step is sum_e sum_E[e] / count_E[e] over all ranks and micro-batches, so its curve does not depend on
+world size, accumulation or ZeRO stage. Per step there is ONE collective and ONE wait for the device: a float64 vector
+with the loss sums, the squared gradient norm of every group and the caller's flags. From it every rank decides alike
+whether the step is finite, how each group is clipped (clipping is per group: N experts together equal N separate
+runs), and whether somebody asked to stop.
+
+Called by train/loop.py; checkpoints go through train/checkpoint.py and train/state.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..base import distributed
+from ..base.distributed import World
+from ..base.errors import DataError, RecipeError
+from . import faults, strategy as strategies
+from .recipe import OptimizerSettings
+from .schedule import learning_rate
+from .types import Batch, StepBatch, StepReport
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+ROOT = "job."
+
+
+def initialize_distributed(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
+    """Join the process group of the launcher (deepspeed, torchrun, srun with RANK...), or form one of one process.
+
+    Idempotent. `timeout` bounds every collective. DeepSpeed's shared-memory operation, which it would compile at
+    the first start on a CPU and which only its inference uses, is left out.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            os.environ.setdefault("LOCAL_RANK", "0")
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    return distributed.world()
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _Root(nn.Module):
+    """Gives DeepSpeed a module that returns a tensor: ZeRO-3 hooks do not look inside our LossTerms."""
+
+    def __init__(self, job: nn.Module) -> None:
+        super().__init__()
+        self.job = job
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.job(batch).sum_E
+
+
+class Engine:
+    """A job module under DeepSpeed.
+
+    `groups`: `[{"name": ..., "params": [...]}]`, fp32, together exactly the parameters that need gradients.
+    `names`: the loss terms, in the order of `StepBatch.count_E`. `micro_count`: micro-batches per step on this rank.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[Mapping[str, Any]],
+        optimizer: OptimizerSettings,
+        total_steps: int,
+        micro_count: int,
+        strategy: Mapping[str, Any],
+        names: Sequence[str],
+        device: torch.device | str,
+        *,
+        micro_rows: int = 1,
+    ) -> None:
+        import deepspeed
+
+        initialize_distributed()
+        self.world = distributed.world()
+        self.device = torch.device(device)
+        self.names = tuple(names)
+        self.group_names = tuple(str(group["name"]) for group in groups)
+        self.optimizer_settings = optimizer
+        self.total_steps = total_steps
+        self.micro_count = micro_count
+        self.parameters = _check_groups(module, groups)
+        self.applied = 0
+        self.skipped = 0
+        self.skipped_in_row = 0
+        self.fault = ""
+        self.flags: tuple[float, ...] = ()
+        self.config = strategies.merge(
+            strategy,
+            micro_rows=micro_rows,
+            micro_count=micro_count,
+            world_size=self.world.size,
+            trainable=sum(p.numel() for p in self.parameters.values()),
+        )
+        self.stage = int(self.config["zero_optimization"]["stage"])
+        adamw = self._adamw(groups)
+        self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        # micro-batches are counted here, through the boundary flag; DeepSpeed keeps its own copy of the config
+        self.deepspeed, *_ = deepspeed.initialize(model=_Root(module), optimizer=adamw, config=dict(self.config))
+        self.adamw = adamw
+        self._coefficients: dict[str, float] = {}
+        self._bad = False
+        if self.stage > 0:
+            zero = self.deepspeed.optimizer
+            zero.check_grad_overflow = True
+            zero.has_overflow = lambda partition_gradients=True: self._bad
+
+    # ------------------------------------------------------------------ one step
+
+    def step(self, batch: StepBatch, flags: Sequence[float] = ()) -> StepReport:
+        """One optimizer step over `batch`. Collective. `flags` (for example: this rank was asked to stop) are summed
+        over ranks into `self.flags`. A step with a non-finite loss or gradient changes nothing and is counted.
+
+        DataError DATA-004 if no rank has a label token.
+        """
+        started = time.monotonic()
+        if len(batch.micro) != self.micro_count:
+            raise DataError(
+                f"step {batch.step}: {len(batch.micro)} micro-batches, the engine was built for {self.micro_count}",
+                code="DATA-005",
+            )
+        if not bool((batch.count_E > 0).any()):
+            raise DataError(
+                f"step {batch.step}: no row of any rank has a label token; check loss_on and the data", code="DATA-004"
+            )
+        sums_E = self._backward(batch)
+        losses, norms = self._agree(batch, sums_E, flags)
+        rate = learning_rate(self.optimizer_settings, batch.step, self.total_steps)
+        self._apply(rate, norms)
+        finite = [value for value in losses.values() if math.isfinite(value)]
+        return StepReport(
+            step=batch.step,
+            loss=sum(losses.values()) / len(losses) if len(finite) == len(losses) else math.nan,
+            losses=losses,
+            gradient_norms=norms,
+            learning_rate=rate,
+            tokens=batch.tokens,
+            seconds=time.monotonic() - started,
+            skipped=self._bad,
+        )
+
+    def _backward(self, batch: StepBatch) -> Tensor:
+        """Gradients of all micro-batches; returns this rank's loss sums, float64 [E] on the device."""
+        weights_E = self._weights(batch.count_E)
+        sums_E = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
+        last = len(batch.micro) - 1
+        for index, micro in enumerate(batch.micro):
+            self.deepspeed.set_gradient_accumulation_boundary(index == last)
+            micro_E = self.deepspeed(micro.to(self.device))
+            micro_E = faults.tensor("loss", batch.step, micro_E)
+            # count 0 means no label anywhere: 0 * 0, never 0 / 0
+            self.deepspeed.backward((micro_E.float() * weights_E).sum(), scale_wrt_gas=False)
+            sums_E += micro_E.detach().double()
+            faults.point("micro", batch.step)
+        return sums_E
+
+    def _weights(self, count_E: Tensor) -> Tensor:
+        """world / count per term, fp32 [E]: DeepSpeed averages gradients over ranks, the loss wants their sum."""
+        weights_E = torch.where(count_E > 0, self.world.size / count_E.clamp(min=1), torch.zeros(())).float()
+        return weights_E.to(self.device, non_blocking=True)
+
+    def _agree(
+        self, batch: StepBatch, sums_E: Tensor, flags: Sequence[float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Losses and gradient norms over all ranks; sets the verdict, the clip coefficients and the flags."""
+        squares_G = self._squares()
+        flags_F = torch.tensor(list(flags), dtype=torch.float64).to(self.device, non_blocking=True)
+        local = torch.cat([sums_E, squares_G, flags_F])
+        vector = distributed.all_reduce_sum(local.clone()).cpu()
+        num_terms, num_groups = len(self.names), len(self.group_names)
+        means_E = vector[:num_terms] / batch.count_E.clamp(min=1)
+        norms_G = vector[num_terms : num_terms + num_groups].sqrt()
+        self.flags = tuple(vector[num_terms + num_groups :].tolist())
+        losses = dict(zip(self.names, means_E.tolist()))
+        norms = dict(zip(self.group_names, norms_G.tolist()))
+        self._bad = not all(math.isfinite(value) for value in (*losses.values(), *norms.values()))
+        self.fault = self._blame(batch, local.cpu()) if self._bad else ""
+        limit = self.optimizer_settings.clip
+        self._coefficients = {
+            name: min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0 for name, norm in norms.items()
+        }
+        return losses, norms
+
+    def _blame(self, batch: StepBatch, local: Tensor) -> str:
+        """Which rank holds which non-finite loss or gradient. Collective; only after a bad step."""
+        labels = [f"loss of {n}" for n in self.names] + [f"gradient of {n}" for n in self.group_names]
+        mine = [label for label, value in zip(labels, local.tolist()) if not math.isfinite(value)]
+        parts = [f"rank {rank}: {', '.join(bad)}" for rank, bad in enumerate(distributed.gather(mine)) if bad]
+        return f"step {batch.step}: not finite: {'; '.join(parts) or 'only the sum over ranks'}"
+
+    def _apply(self, rate: float, norms: Mapping[str, float]) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        if self._bad:
+            self.skipped += 1
+            self.skipped_in_row += 1
+            if self.stage == 0:  # plain AdamW underneath, which would let NaN into every trainable
+                self.deepspeed.zero_grad()
+                return
+        else:
+            self.applied += 1
+            self.skipped_in_row = 0
+        self.deepspeed.step()
+
+    # ------------------------------------------------------------------ gradients
+
+    def _squares(self) -> Tensor:
+        """This rank's share of the squared gradient norm per group, float64 [G]; the sum over ranks is the whole."""
+        partitions = self._gradient_partitions()
+        squares = [
+            sum((g.detach().float().norm().double().square() for g in parts), torch.zeros((), dtype=torch.float64))
+            for parts in partitions
+        ]
+        squares_G = torch.stack([square.to(self.device) for square in squares])
+        return squares_G / self.world.size if self.stage == 0 else squares_G
+
+    def _gradient_partitions(self) -> list[list[Tensor]]:
+        """Reduced gradients that this rank owns, by group: whole ones at ZeRO-0, flat partitions above."""
+        if self.stage == 0:
+            return [[p.grad for p in group["params"] if p.grad is not None] for group in self.adamw.param_groups]
+        zero = self.deepspeed.optimizer
+        offloaded = self.config["zero_optimization"]["offload_optimizer"]["device"] != "none"
+        if self.stage < 3:
+            if offloaded:
+                zero._wait_for_offload_copies()
+                return [[flat.grad] for flat in zero.single_partition_of_fp32_groups]
+            return [list(zero.averaged_gradients[index]) for index in range(len(self.group_names))]
+        parts: list[list[Tensor]] = [[] for _ in self.group_names]
+        for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            owned = [flat.grad] if offloaded else zero.averaged_gradients[sub_group]
+            parts[zero.sub_group_to_group_id[sub_group]] += owned
+        return parts
+
+    def _adamw(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.AdamW:
+        settings = self.optimizer_settings
+        zero = self.config["zero_optimization"]
+        offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        adamw = torch.optim.AdamW(
+            [{"name": str(group["name"]), "params": list(group["params"])} for group in groups],
+            lr=settings.lr,
+            betas=tuple(settings.betas),  # type: ignore[arg-type]
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True if self.device.type == "cuda" and not offloaded else None,
+        )
+        adamw.register_step_pre_hook(self._clip)
+        return adamw
+
+    def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Scale the gradients AdamW is about to use, per group. DeepSpeed calls AdamW group by group, with the flat
+        partition that this rank owns; the coefficient is the same on all ranks."""
+        for group in optimizer.param_groups:
+            coefficient = self._coefficients.get(group["name"], 1.0)
+            if coefficient < 1.0:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(coefficient)
+
+    # ------------------------------------------------------------------ tensors
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Every trained parameter, whole, fp32, on the CPU, named as `module.named_parameters()` did. Collective."""
+        from .state import full_parameter
+
+        return {name: full_parameter(self, name).cpu() for name in self.parameters}
+
+    def shape(self, name: str) -> torch.Size:
+        return self._shapes[name]
+
+    def destroy(self) -> None:
+        """Remove DeepSpeed's hooks and buffers; the next engine of this process starts clean."""
+        self.deepspeed.destroy()
+        self.adamw.zero_grad(set_to_none=True)
+        del self.deepspeed
+
+
+def _check_groups(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, nn.Parameter]:
+    """Name -> parameter for all grouped parameters; RecipeError CFG-030 if groups and trainables do not match or are
+    not fp32 (rounding a gate to bf16 is a PHATGOOSE trap)."""
+    grouped = [id(p) for group in groups for p in group["params"]]
+    wanted = {id(p) for p in module.parameters() if p.requires_grad}
+    named = {name: p for name, p in module.named_parameters() if id(p) in set(grouped)}
+    problems = []
+    if len(grouped) != len(set(grouped)):
+        problems.append("a parameter is in two groups")
+    if wanted != set(grouped):
+        problems.append(f"{len(wanted)} parameters need gradients, {len(set(grouped))} are in groups")
+    problems += [f"{name} is {p.dtype}, not float32" for name, p in named.items() if p.dtype != torch.float32]
+    names = [str(group["name"]) for group in groups]
+    if len(set(names)) != len(names):
+        problems.append("two groups have one name")
+    if problems:
+        raise RecipeError(f"optimizer groups: {'; '.join(problems[:5])}", code="CFG-030")
+    return named
