@@ -9,11 +9,12 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .errors import NameRefused, SecurityError
+
+if TYPE_CHECKING:
+    import torch
 
 NAME_RULE = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))}
@@ -50,6 +51,8 @@ def sha256_json(value: Any) -> str:
 
 def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash of named tensors: names, dtypes, shapes and bytes, in name order. Device and strides do not matter."""
+    import torch  # here, so that checking a recipe costs no torch import
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

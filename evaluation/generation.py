@@ -17,6 +17,7 @@ from .encoding import EncodedItem, ItemRef
 from .tasks import Task, matches
 
 SLACK = 4  # further tokens a string answer may take
+CACHED = 4  # cached tokens cost keys and values only: batches hold this many times the tokens of a forward pass
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,21 @@ def prompt_rows(task: Task, items: Sequence[EncodedItem], max_new_tokens: int) -
     """The items' prompts with their budgets of new tokens."""
     numeric = task.match == "number"
     return [
-        PromptRow(
-            item.ref, item.prompt, max_new_tokens if numeric else len(item.leaves[item.gold]) + 1 + SLACK
-        )
+        PromptRow(item.ref, item.prompt, max_new_tokens if numeric else len(item.leaves[item.gold]) + 1 + SLACK)
         for item in items
     ]
 
 
 def prompt_batches(rows: Sequence[PromptRow], batch_tokens: int) -> list[list[PromptRow]]:
-    """Rows of like budgets and lengths together, largest first; prompt and new tokens of a batch with
-    padding are at most `batch_tokens` (one row at least)."""
+    """Rows of like budgets and lengths together, largest first. Prompt and new tokens of a batch, padding
+    included, are at most four times `batch_tokens` (one row at least): decoding is bound by the number of steps, so
+    few large batches it is."""
     batches: list[list[PromptRow]] = []
     longest = 0
     for row in sorted(rows, key=lambda row: (-_step(row.limit), -len(row.prompt))):
         width = max(longest, len(row.prompt))
         joins = bool(batches) and _step(batches[-1][0].limit) == _step(row.limit)
-        if not joins or (len(batches[-1]) + 1) * (width + batches[-1][0].limit) > batch_tokens:
+        if not joins or (len(batches[-1]) + 1) * (width + batches[-1][0].limit) > CACHED * batch_tokens:
             batches.append([])
             width = len(row.prompt)
         batches[-1].append(row)
@@ -91,9 +91,7 @@ def generate_batch(model: Any, batch: PromptBatch, eos: int, pad: int) -> list[l
         pad_token_id=pad,
         use_cache=True,
     )
-    output_BT = model.generate(
-        input_ids=batch.token_BT, attention_mask=batch.mask_BT, generation_config=greedy
-    )
+    output_BT = model.generate(input_ids=batch.token_BT, attention_mask=batch.mask_BT, generation_config=greedy)
     rows = output_BT[:, batch.token_BT.shape[1] :].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 

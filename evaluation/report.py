@@ -180,9 +180,7 @@ def _trace(trace: Trace, number: int) -> dict[str, Any]:
             code="DATA-005",
         )
     if trace.expected is not None and len(trace.expected) != length:
-        raise DataError(
-            f"trace {number}: {len(trace.expected)} expected experts, {length} tokens", code="DATA-005"
-        )
+        raise DataError(f"trace {number}: {len(trace.expected)} expected experts, {length} tokens", code="DATA-005")
     share_TN = votes_TN / np.maximum(votes_TN.sum(axis=1, keepdims=True), 1e-12)
     return {
         "label": trace.label,

@@ -112,10 +112,7 @@ def evaluate(
                 on_progress(arm, done, total)
 
         with _memory_named(batch_tokens), scoring_attention(model, _longest(plan)), arms[arm]() as state:
-            scores |= {
-                (arm, name): found
-                for name, found in _run(model, tokenizer, plan, state, device, tick).items()
-            }
+            scores |= {(arm, name): found for name, found in _run(model, tokenizer, plan, state, device, tick).items()}
         seconds[arm] = time.monotonic() - start
     merged, slowest = _merge(scores, seconds, {task.name: len(task.items) for task in tasks})
     metrics = {task.name: _metric(task, generate) for task in tasks}
@@ -165,8 +162,7 @@ def _plan(
     here, eos, pad = world(), end_of_text(tokenizer), padding(tokenizer)
     context = getattr(model.config, "max_position_embeddings", None)
     by_task = {
-        task.name: encode_task(task, tokenizer, range(here.rank, len(task.items), here.size), context)
-        for task in tasks
+        task.name: encode_task(task, tokenizer, range(here.rank, len(task.items), here.size), context) for task in tasks
     }
     items = [item for task in tasks for item in by_task[task.name]]
     rows = [
@@ -268,9 +264,7 @@ def _memory_named(batch_tokens: int) -> Iterator[None]:
 
 
 def _generated(task: Task, generate: Generation) -> bool:
-    return task.kind == "generate" and (
-        generate == "always" or (generate == "numbers" and task.match == "number")
-    )
+    return task.kind == "generate" and (generate == "always" or (generate == "numbers" and task.match == "number"))
 
 
 def _metric(task: Task, generate: Generation) -> str:

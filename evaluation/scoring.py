@@ -109,9 +109,7 @@ def tree_batches(rows: Sequence[TreeRow], batch_tokens: int, vocabulary: int) ->
     width = predicted = 0
     for row in sorted(rows, key=lambda row: -row.length):
         predicted += row.predicted
-        full = bool(batches) and (
-            (len(batches[-1]) + 1) * width > batch_tokens or predicted * vocabulary > MAX_LOGITS
-        )
+        full = bool(batches) and ((len(batches[-1]) + 1) * width > batch_tokens or predicted * vocabulary > MAX_LOGITS)
         if not batches or full:
             batches.append([])
             width, predicted = _aligned(row.length), row.predicted

@@ -38,8 +38,7 @@ def to_json(results: Results, facts: Mapping[str, Any] | None = None) -> dict[st
             for cell in results.cells
         ],
         "means": [
-            {"group": mean.group, "arm": mean.arm, "tasks": mean.tasks, **_intervals(mean)}
-            for mean in results.means
+            {"group": mean.group, "arm": mean.arm, "tasks": mean.tasks, **_intervals(mean)} for mean in results.means
         ],
         "seconds": {arm: round(value, 3) for arm, value in results.seconds.items()},
         "notes": list(results.notes),
@@ -54,9 +53,7 @@ def from_json(value: Mapping[str, Any]) -> Results:
             f"results: schema_version is {version!r}, allowed is {SCHEMA_VERSION}; evaluate again",
             code="EXP-010",
         )
-    cells = tuple(
-        Cell(row["task"], row["arm"], row["metric"], row["items"], *_read(row)) for row in value["cells"]
-    )
+    cells = tuple(Cell(row["task"], row["arm"], row["metric"], row["items"], *_read(row)) for row in value["cells"])
     means = tuple(Mean(row["group"], row["arm"], row["tasks"], *_read(row)) for row in value["means"])
     return Results(
         tuple(value["tasks"]),
@@ -95,8 +92,7 @@ def to_csv(results: Results) -> str:
     writer = csv.writer(text, lineterminator="\n")
     names = ("accuracy", "nats", "difference")
     writer.writerow(
-        ["task", "arm", "metric", "items"]
-        + [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+        ["task", "arm", "metric", "items"] + [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
     )
     for cell in results.cells:
         values = [cell.accuracy, cell.nats, cell.difference]
@@ -167,9 +163,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 def _intervals(entry: Cell | Mean) -> dict[str, Any]:
     def three(value: Interval | None) -> list[float] | None:
-        return (
-            None if value is None else [round(number, 6) for number in (value.value, value.low, value.high)]
-        )
+        return None if value is None else [round(number, 6) for number in (value.value, value.low, value.high)]
 
     return {
         "accuracy": three(entry.accuracy),

@@ -72,13 +72,9 @@ def make_task(name: str, rows: Iterable[dict[str, Any]], group: str = "", origin
     ranked = [bool(item.choices) for item in items]
     if any(ranked) and not all(ranked):
         odd = ranked.index(not ranked[0]) + 1
-        raise DataError(
-            f"{origin}:{odd}: 'choices' must be in all rows of a task or in none", code="DATA-001"
-        )
+        raise DataError(f"{origin}:{odd}: 'choices' must be in all rows of a task or in none", code="DATA-001")
     numeric = not any(ranked) and all(PLAIN_NUMBER.match(item.target) for item in items)
-    return Task(
-        name, "choice" if any(ranked) else "generate", tuple(items), "number" if numeric else "exact", group
-    )
+    return Task(name, "choice" if any(ranked) else "generate", tuple(items), "number" if numeric else "exact", group)
 
 
 def load_task(folder: Path | str, split: str = "test", limit: int | None = None) -> Task:
@@ -87,9 +83,7 @@ def load_task(folder: Path | str, split: str = "test", limit: int | None = None)
     folder = Path(folder)
     path = next((p for end in ("jsonl.gz", "jsonl") if (p := folder / f"{split}.{end}").is_file()), None)
     if path is None:
-        found = (
-            sorted({p.name.split(".jsonl")[0] for p in folder.glob("*.jsonl*")}) if folder.is_dir() else []
-        )
+        found = sorted({p.name.split(".jsonl")[0] for p in folder.glob("*.jsonl*")}) if folder.is_dir() else []
         hint = f"splits found: {', '.join(found)}" if found else "the folder has no .jsonl or .jsonl.gz file"
         raise DataError(f"{folder}: no split '{split}' ({hint}).{suggest(split, found)}", code="DATA-002")
     if limit is not None and limit < 1:
@@ -145,9 +139,7 @@ def _group(folder: Path) -> str:
         entry = json.loads(card.read_text(encoding="utf-8")).get(folder.name, {})
         return str(entry.get("role", ""))
     except (ValueError, AttributeError) as error:
-        raise DataError(
-            f"{card}: not a table of tasks ({error}); mend or remove it", code="DATA-001"
-        ) from error
+        raise DataError(f"{card}: not a table of tasks ({error}); mend or remove it", code="DATA-001") from error
 
 
 def _rows(path: Path, limit: int | None) -> list[dict[str, Any]]:
@@ -167,9 +159,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 at byte {error.start}; re-encode the file", code="DATA-001"
-        ) from error
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}; re-encode the file", code="DATA-001") from error
     except ValueError as error:
         raise DataError(f"{where}: not a JSON object ({error})", code="DATA-001") from error
     if not isinstance(row, dict):
@@ -184,19 +174,11 @@ def _item(row: dict[str, Any], where: str) -> Item:
         if isinstance(target, int | float) and not isinstance(target, bool):
             target = str(target)
         if not isinstance(target, str) or not target.strip():
-            raise DataError(
-                f"{where}: field 'target' must be a non-empty string or a number", code="DATA-001"
-            )
+            raise DataError(f"{where}: field 'target' must be a non-empty string or a number", code="DATA-001")
         return Item(prompt, completion, target=target.strip())
     choices, answer = row["choices"], row.get("answer")
-    if (
-        not isinstance(choices, list)
-        or len(choices) < 2
-        or not all(isinstance(c, str) and c for c in choices)
-    ):
-        raise DataError(
-            f"{where}: field 'choices' must be a list of two or more non-empty strings", code="DATA-001"
-        )
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise DataError(f"{where}: field 'choices' must be a list of two or more non-empty strings", code="DATA-001")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise DataError(
             f"{where}: field 'answer' is {answer!r}; it must be an index from 0 to {len(choices) - 1}",

@@ -75,9 +75,12 @@ def evaluate(
     from quietgoose.base.distributed import world
     from quietgoose.evaluation.tables import to_markdown, write_results
     from quietgoose.routing.model import state
-    from quietgoose.train.arms import build_arms
+    from quietgoose.train.arms import build_arms, check_arms
     from quietgoose.train.export import load, load_tokenizer
 
+    check_arms(arms or [])
+    if "average_activation" in (arms or []):
+        _no_activations()
     where = _device(device)
     _join_peers()
     routed = load(model, base=base, router=router, k=k, device=where)

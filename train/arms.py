@@ -1,10 +1,10 @@
 """The rows of the result table: each arm puts one model into one state. Used by the `evaluate` stage.
 
-    base                 no experts                          experts             every single expert, one row each
-    oracle               the task's own expert (told)        phatgoose           trained gates, top-k
-    random               gates ~ N(0, I), same router        average_activation  mean activations, same router
-    arrow                singular vectors, |x . v|           uniform             all experts, 1/N each
-    merged, ties, dare   one static adapter made of all      permuted            trained gates of the wrong experts
+base                 no experts                          experts             every single expert, one row each
+oracle               the task's own expert (told)        phatgoose           trained gates, top-k
+random               gates ~ N(0, I), same router        average_activation  mean activations, same router
+arrow                singular vectors, |x . v|           uniform             all experts, 1/N each
+merged, ties, dare   one static adapter made of all      permuted            trained gates of the wrong experts
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from ..base import distributed
 from ..base.distributed import World
 from ..base.errors import DataError, RecipeError
-from . import faults, strategy as strategies
+from . import faults
+from . import strategy as strategies
 from .recipe import OptimizerSettings
 from .schedule import learning_rate
 from .types import Batch, StepBatch, StepReport
@@ -45,6 +47,7 @@ def initialize_distributed(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():

@@ -18,7 +18,7 @@ from ..evaluation.run import evaluate
 from ..evaluation.tables import write_results
 from ..evaluation.tasks import Item, Task, find_tasks, load_task, make_task
 from ..routing.library import ExpertLibrary
-from ..routing.model import attach, detach
+from ..routing.model import attach
 from ..routing.routers import SiteVectors
 from ..routing.statistics import average_activation, collect, token_votes
 from . import skills
@@ -97,9 +97,7 @@ def mean_activations(context: Context, base: LoadedBase, library: ExpertLibrary)
             raise RecipeError(
                 f"arm average_activation: expert {name} was loaded without data; leave the arm out", code="CFG-027"
             )
-        data = build_step_data(
-            {name: sources[name]}, base.tokenizer, recipe.data, train, recipe.seed
-        )
+        data = build_step_data({name: sources[name]}, base.tokenizer, recipe.data, train, recipe.seed)
         batch = data.step(0).micro[0].to(context.device)
         batches[name] = [(model_inputs(batch, base.attention, base.model.dtype), batch.segment_BT > 0)]
     return average_activation(base.model, batches)
@@ -138,5 +136,7 @@ def routing_summary(traces: Sequence[Trace], library: ExpertLibrary) -> dict[str
 
 def _samples(tasks: Sequence[Task], number: int) -> list[tuple[str, Item]]:
     """The first items of every task in turn, `number` in all."""
-    rounds = itertools.zip_longest(*([(f"{task.name} {i + 1}", item) for i, item in enumerate(task.items)] for task in tasks))
+    rounds = itertools.zip_longest(
+        *([(f"{task.name} {i + 1}", item) for i, item in enumerate(task.items)] for task in tasks)
+    )
     return [sample for round_ in rounds for sample in round_ if sample is not None][:number]

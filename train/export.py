@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,9 +58,7 @@ def export_model(
     if base_folder is not None:
         shutil.copytree(base_folder, folder / "base")
     write_atomic(folder / "README.md", _card(base, library, router, provenance))
-    files = {
-        str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    files = {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {
         "format": FORMAT,
         "base": {
@@ -115,7 +113,8 @@ def load(
             f"router={name!r}: allowed are {', '.join(ROUTERS_OF_AN_EXPORT)}.{suggest(name, ROUTERS_OF_AN_EXPORT)}",
             code="CFG-030",
         )
-    return attach(loaded.model, library, name, k or manifest["router"]["k"])
+    routed = attach(loaded.model, library, name, k or manifest["router"]["k"])
+    return cast(PreTrainedModel, routed)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -167,8 +166,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_library(folder: Path, manifest: Mapping[str, Any], sites: tuple[Site, ...]) -> ExpertLibrary:
     """All experts of an export with their gates, in the exported order."""
     experts = [
-        load_peft(inside(folder, card["folder"]), safe_name(name), sites)
-        for name, card in manifest["experts"].items()
+        load_peft(inside(folder, card["folder"]), safe_name(name), sites) for name, card in manifest["experts"].items()
     ]
     return load_gates(folder / "gates.safetensors", ExpertLibrary(experts), sites)
 

@@ -10,6 +10,10 @@ from typing import Literal
 
 Stage = Literal["base", "experts", "gates", "evaluate", "export"]
 RouterName = Literal["phatgoose", "average_activation", "arrow", "random", "uniform", "oracle"]
+ArmName = Literal[
+    "base", "experts", "oracle", "random", "permuted", "average_activation", "arrow", "uniform", "merged", "ties",
+    "dare", "phatgoose",
+]  # fmt: skip
 STAGES: tuple[str, ...] = ("base", "experts", "gates", "evaluate", "export")
 
 
@@ -128,7 +132,7 @@ class EvaluateSettings:
     include: list[str] = field(default_factory=list)
     tasks: dict[str, str] = field(default_factory=dict)
     split: str = "test"
-    arms: list[str] = field(
+    arms: list[ArmName] = field(
         default_factory=lambda: [
             "base", "experts", "oracle", "random", "average_activation", "merged", "arrow", "phatgoose",
         ]

@@ -1,10 +1,10 @@
 """The stages of a run. Each computes on all ranks and hands back a writer that rank 0 calls with an empty folder.
 
-    base      a nano model from scratch                     -> a Hugging Face folder
-    experts   all LoRA experts in one pass                  -> a PEFT folder per expert
-    gates     all PHATGOOSE gates in one pass               -> gates.safetensors
-    evaluate  every arm on every task (train/arms.py)       -> results.json, results.md, report data
-    export    the routed model as one folder (train/export.py)
+base      a nano model from scratch                     -> a Hugging Face folder
+experts   all LoRA experts in one pass                  -> a PEFT folder per expert
+gates     all PHATGOOSE gates in one pass               -> gates.safetensors
+evaluate  every arm on every task (train/arms.py)       -> results.json, results.md, report data
+export    the routed model as one folder (train/export.py)
 """
 
 from __future__ import annotations
@@ -125,11 +125,17 @@ def run_base(context: Context) -> Writer:
     recipe = context.recipe
     model, tokenizer = build_nano(recipe.base.nano, recipe.seed)
     attention, _ = resolve_attention(recipe.base.attention, context.device, torch.float32)
-    model = model.to(context.device)
+    model.to(context.device)  # type: ignore[arg-type]
     model.set_attn_implementation(attention)
     text = dataclasses.replace(recipe.data, loss_on="all")
     data = build_step_data(
-        {"loss": recipe.data.base}, tokenizer, text, recipe.base.train, recipe.seed, context.world.rank, context.world.size
+        {"loss": recipe.data.base},
+        tokenizer,
+        text,
+        recipe.base.train,
+        recipe.seed,
+        context.world.rank,
+        context.world.size,
     )
     job = LanguageModelJob(model, lambda batch: model_inputs(batch, attention))
     trained = context.train("base", job, data, recipe.base.train)
@@ -152,7 +158,12 @@ def run_experts(context: Context) -> Writer:
     base = the_base(context, "experts")
     sources = resolve_sources(recipe.data)
     data = build_step_data(
-        sources, base.tokenizer, recipe.data, recipe.experts.train, recipe.seed, context.world.rank,
+        sources,
+        base.tokenizer,
+        recipe.data,
+        recipe.experts.train,
+        recipe.seed,
+        context.world.rank,
         context.world.size,
     )
     job = ExpertJob(base.model, base.attention, list(sources), recipe.experts, recipe.seed)
@@ -173,7 +184,12 @@ def run_gates(context: Context) -> Writer:
     library = the_library(context, base, "gates", gates=False)
     sources = resolve_sources(recipe.data)
     data = build_step_data(
-        sources, base.tokenizer, recipe.data, recipe.gates.train, recipe.seed, context.world.rank,
+        sources,
+        base.tokenizer,
+        recipe.data,
+        recipe.gates.train,
+        recipe.seed,
+        context.world.rank,
         context.world.size,
     )
     job = GateJob(base.model, base.attention, library, recipe.gates)

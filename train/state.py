@@ -61,8 +61,8 @@ def full_parameter(engine: Engine, name: str) -> Tensor:
 
 
 def gather(engine: Engine) -> dict[str, Tensor]:
-    """`KIND/name` -> whole fp32 CPU tensor on rank 0, empty elsewhere. Collective."""
-    tensors = {}
+    """`KIND/name` -> whole fp32 CPU tensor on rank 0, nothing elsewhere. Collective."""
+    tensors: dict[str, Tensor] = {}
     for name in engine.parameters:
         for kind in KINDS:
             whole = _gather(engine, name, kind)
@@ -142,7 +142,11 @@ def _check(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
     problems += [f"{key} is not part of this run" for key in tensors if key not in wanted]
     for key, shape in wanted.items():
         found = tensors.get(key)
-        if found is not None and (found.shape != shape or found.dtype != torch.float32):
+        if found is None:
+            continue
+        if found.shape != shape or found.dtype != torch.float32:
             problems.append(f"{key} is {found.dtype} {tuple(found.shape)}, wanted float32 {tuple(shape)}")
+        elif not bool(torch.isfinite(found).all()):
+            problems.append(f"{key} holds NaN or infinity")
     if problems:
         raise ArtifactError(f"state of another model: {'; '.join(problems[:5])}", code="CKPT-004")

@@ -1,4 +1,7 @@
-"""Strategy files: ZeRO stage, precision, offload, communication. Nothing else.
+"""Strategy files: ZeRO stage, offload, communication. Nothing else.
+
+There is no `bf16` block: with it DeepSpeed recasts fp32 experts and gates to bf16. Without it every stage, ZeRO-3 and
+offload included, trains fp32 tensors over a frozen base in whatever dtype it was loaded (tests/train/test_engine.py).
 
 DeepSpeed accepts `zero_optimisation` and silently trains with ZeRO-0, and its defaults moved inside 0.19
 (deepspeed.md 2.5). So unknown keys are refused here with the nearest name, batch, learning rate, clipping and
@@ -18,6 +21,7 @@ from ..base.errors import RecipeError, suggest
 
 FOLDER = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 STAGES = (0, 1, 2, 3)
+BUCKET_ALIGNMENT = 2**16
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.rows_per_expert",
@@ -28,6 +32,7 @@ OWNED_BY_RECIPE = {
     "optimizer": "train.optimizer",
     "scheduler": "train.optimizer.schedule",
     "fp16": "base.dtype (bfloat16 or float32)",
+    "bf16": "base.dtype (bfloat16 or float32)",
     "checkpoint": "checkpoint",
     "load_universal_checkpoint": "resume",
 }
@@ -43,14 +48,6 @@ TOP: dict[str, Any] = {
     "memory_breakdown": False,
     "dump_state": False,
     "comms_logger": {"enabled": False},
-}
-
-BF16: dict[str, Any] = {
-    "enabled": False,
-    "immediate_grad_update": False,
-    "check_grad_overflow": True,
-    "bf16_master_weights_and_grads": False,
-    "bf16_optimizer_states": False,
 }
 
 OFFLOAD_OPTIMIZER: dict[str, Any] = {"device": "none", "pin_memory": True, "ratio": 1.0}
@@ -117,7 +114,7 @@ def check(strategy: Mapping[str, Any], where: str) -> None:
     owned = [key for key in strategy if key in OWNED_BY_RECIPE]
     for key in owned:
         problems.append(f"'{key}' belongs to the recipe: set {OWNED_BY_RECIPE[key]} there and remove it here")
-    known = {**TOP, "zero_optimization": {}, "bf16": BF16}
+    known: dict[str, Any] = {**TOP, "zero_optimization": {}}
     rest = {key: value for key, value in strategy.items() if key not in OWNED_BY_RECIPE}
     zero = rest.get("zero_optimization", {})
     stage = zero.get("stage") if isinstance(zero, Mapping) else None
@@ -144,11 +141,12 @@ def merge(
     merged = _overlay(copy.deepcopy(TOP), strategy)
     zero = _overlay(copy.deepcopy(ZERO[stage]), strategy["zero_optimization"])
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        zero[bucket] = max(1, min(int(zero[bucket]), trainable))
+        zero[bucket] = min(int(zero[bucket]), -(-trainable // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT)
     if stage in (1, 2) and zero["offload_optimizer"]["device"] != "none":
         zero["compute_grad_norm"] = True  # DeepSpeed refuses to go without under offload
     merged["zero_optimization"] = zero
-    merged["bf16"] = _overlay(copy.deepcopy(BF16), strategy.get("bf16", {}))
+    merged["bf16"] = {"enabled": False}
+    merged["fp16"] = {"enabled": False}
     merged["train_micro_batch_size_per_gpu"] = micro_rows
     merged["gradient_accumulation_steps"] = micro_count
     merged["train_batch_size"] = micro_rows * micro_count * world_size

@@ -26,9 +26,7 @@ def test_equals_a_plain_bootstrap():
     plain = [np.repeat(value, row.astype(int)).mean() for row in counts]
     np.testing.assert_allclose(mean_draws(value, counts), plain, rtol=1e-12)
     weights = np.arange(1.0, 41.0)
-    plain = [
-        np.repeat(value, row.astype(int)).sum() / np.repeat(weights, row.astype(int)).sum() for row in counts
-    ]
+    plain = [np.repeat(value, row.astype(int)).sum() / np.repeat(weights, row.astype(int)).sum() for row in counts]
     np.testing.assert_allclose(ratio_draws(value, weights, counts), plain, rtol=1e-12)
 
 

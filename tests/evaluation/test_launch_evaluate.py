@@ -24,10 +24,9 @@ def some_expert(name: str, seed: int, sites) -> Expert:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random)
 
-    adapters = {
-        s.name: SiteAdapter(draw(2, s.in_features), 0.05 * draw(s.out_features, 2), 1.0) for s in sites
-    }
-    card = ExpertCard(name, 2, 2.0, ("all-linear",))
+    adapters = {s.name: SiteAdapter(draw(2, s.in_features), 0.05 * draw(s.out_features, 2), 1.0) for s in sites}
+    targets = tuple(sorted({site.name.rsplit(".", 1)[-1] for site in sites}))
+    card = ExpertCard(name, 2, 2.0, targets)
     return Expert(card, adapters).with_gates({site.name: draw(site.in_features) for site in sites})
 
 
@@ -88,9 +87,7 @@ def test_limit_include_and_forced(export, tasks, tmp_path):
     assert main([*map(str, arguments), "--device", "cpu", "--generate", "never", "--router", "arrow"]) == 0
     value = json.loads(out.read_text())
     assert value["arms"] == ["base", "arrow"]
-    assert [(cell["items"], cell["metric"]) for cell in value["cells"]] == [
-        (3, "exact match, teacher-forced")
-    ] * 2
+    assert [(cell["items"], cell["metric"]) for cell in value["cells"]] == [(3, "exact match, teacher-forced")] * 2
 
 
 @pytest.mark.parametrize(

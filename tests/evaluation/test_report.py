@@ -96,9 +96,7 @@ def test_nothing_from_outside(tmp_path):
     page = Page(text)
     outside = {"src", "href", "action", "data", "srcset", "background", "poster"}
     assert not [tag for tag, attributes in page.tags if outside & set(attributes)]
-    assert not [
-        tag for tag, _ in page.tags if tag in {"link", "iframe", "object", "embed", "img", "base", "form"}
-    ]
+    assert not [tag for tag, _ in page.tags if tag in {"link", "iframe", "object", "embed", "img", "base", "form"}]
     urls = set(re.findall(r"https?://[^\"'\s)]+", text))
     assert urls == {"http://www.w3.org/2000/svg"}
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|@import|url\(", text)

@@ -11,7 +11,8 @@ import torch
 from quietgoose.base.distributed import World
 from quietgoose.base.errors import DataError, RecipeError
 from quietgoose.evaluation import run
-from quietgoose.evaluation.encoding import encode_task
+from quietgoose.evaluation.encoding import ItemRef, encode_task
+from quietgoose.evaluation.generation import PromptRow, prompt_batches
 from quietgoose.evaluation.run import PerRow, evaluate
 from quietgoose.evaluation.tables import from_json, gap_closed, to_csv, to_json, to_markdown
 from quietgoose.evaluation.tasks import make_task
@@ -21,15 +22,10 @@ from .conftest import KNOWN, UNKNOWN
 TEXTS = make_task("texts", [{"prompt": p, "completion": c} for p, c in KNOWN + UNKNOWN], group="expert")
 CHOICES = make_task(
     "choices",
-    [
-        {"prompt": p, "completion": c, "choices": [c, " falsch", " ganz falsch"], "answer": 0}
-        for p, c in KNOWN
-    ],
+    [{"prompt": p, "completion": c, "choices": [c, " falsch", " ganz falsch"], "answer": 0} for p, c in KNOWN],
     group="zero-shot",
 )
-NUMBERS = make_task(
-    "numbers", [{"prompt": "say red:", "completion": " 4"}, {"prompt": "5?", "completion": " 5"}]
-)
+NUMBERS = make_task("numbers", [{"prompt": "say red:", "completion": " 4"}, {"prompt": "5?", "completion": " 5"}])
 
 
 @contextmanager
@@ -201,9 +197,7 @@ def test_tables_round_trip(taught, tokenizer):
     results = run_all(taught, tokenizer, arms=arms)
     value = to_json(results, {"model": "tiny|llama"})
     again = from_json(value)
-    assert again.cell("texts", "oracle").accuracy.value == round(
-        results.cell("texts", "oracle").accuracy.value, 6
-    )
+    assert again.cell("texts", "oracle").accuracy.value == round(results.cell("texts", "oracle").accuracy.value, 6)
     assert to_json(again, {"model": "tiny|llama"}) == value
     assert gap_closed(results, "half") == 0.0
     assert gap_closed(results, "oracle") == 1.0
@@ -212,3 +206,14 @@ def test_tables_round_trip(taught, tokenizer):
     assert "gap closed" in text
     assert "- model: tiny" in text
     assert len(to_csv(results).splitlines()) == 1 + 2 * 3
+
+
+def test_prompt_batches_hold_every_row_once_within_budget():
+    rows = [PromptRow(ItemRef("t", n), (5,) * (n % 41 + 1), 64 if n % 3 else n % 20 + 1) for n in range(300)]
+    batches = prompt_batches(rows, 256)
+    assert sorted(row.ref.index for batch in batches for row in batch) == list(range(300))
+    for batch in batches:
+        tokens = len(batch) * (max(len(row.prompt) for row in batch) + max(row.limit for row in batch))
+        assert tokens <= 4 * 256
+        assert max(row.limit for row in batch) <= 2 * min(row.limit for row in batch)
+    assert len(prompt_batches(rows, 10**9)) == 7  # budgets up to 1, 2, 4, 8, 16, 32 and 64 tokens

@@ -37,9 +37,7 @@ def plain(model, tokenizer, item: EncodedItem) -> list[tuple[float, float, int]]
         with torch.no_grad():
             logp = model(input_ids=ids).logits[0].double().log_softmax(-1)
         start = len(item.prompt) - 1
-        steps = [
-            logp[start + step, token].item() for step, token in enumerate([*leaf, tokenizer.eos_token_id])
-        ]
+        steps = [logp[start + step, token].item() for step, token in enumerate([*leaf, tokenizer.eos_token_id])]
         best = [logp[start + step].argmax().item() for step in range(len(leaf) + 1)]
         missed = sum(a != b for a, b in zip(best, [*leaf, tokenizer.eos_token_id], strict=True))
         found.append((sum(steps[:-1]), steps[-1], missed))
@@ -76,9 +74,7 @@ def test_eager_attention_gives_the_same(random_model, tokenizer):
 
 def test_leaves_do_not_see_each_other(random_model, tokenizer):
     items = encode_task(make_task("t", ROWS), tokenizer, [1], 256)
-    changed = [
-        EncodedItem(items[0].ref, items[0].prompt, (items[0].leaves[0], (9, 9, 9), *items[0].leaves[2:]), 0)
-    ]
+    changed = [EncodedItem(items[0].ref, items[0].prompt, (items[0].leaves[0], (9, 9, 9), *items[0].leaves[2:]), 0)]
     before, after = tree(random_model, tokenizer, items), tree(random_model, tokenizer, changed)
     keep = torch.tensor([0, 2, 3])
     torch.testing.assert_close(before.sum_L[keep], after.sum_L[keep], rtol=1e-6, atol=1e-6)
@@ -98,9 +94,7 @@ def test_mask_by_hand():
 
 
 def test_batches_hold_every_row_once_within_budget():
-    items = [
-        EncodedItem(ItemRef("t", n), (5,) * (n % 37 + 1), ((6,) * (n % 5 + 1),) * 3, 0) for n in range(200)
-    ]
+    items = [EncodedItem(ItemRef("t", n), (5,) * (n % 37 + 1), ((6,) * (n % 5 + 1),) * 3, 0) for n in range(200)]
     rows = tree_rows(items)
     batches = tree_batches(rows, 512, 100)
     assert sorted(row.first_leaf for batch in batches for row in batch) == [3 * n for n in range(200)]
@@ -154,9 +148,7 @@ def test_encoding_is_that_of_training(tokenizer):
     engine = Tokenizer(models.BPE(vocab=vocabulary, merges=[("b", "c"), ("c", "d")]))
     engine.pre_tokenizer = pre_tokenizers.Split("x", "removed")
     engine.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    merging = PreTrainedTokenizerFast(
-        tokenizer_object=engine, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>"
-    )
+    merging = PreTrainedTokenizerFast(tokenizer_object=engine, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>")
     pairs = [("ab", "cd"), ("aa", "cd"), ("b", "d")]
     task = make_task("t", [{"prompt": p, "completion": c} for p, c in pairs])
     ours = [[*item.prompt, *item.leaves[0], 0] for item in encode_task(task, merging, range(3), None)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import peft
 import pytest
 import torch
 from quietgoose.base.errors import ArtifactError
@@ -296,3 +297,18 @@ def test_gates_without_data_are_refused(new_model, equal) -> None:
     trained = train(module, [rows([0, 1, 2, 0])])
     with pytest.raises(ArtifactError, match=r"EXP-003.*dog.*zero"):
         module.library(trained)
+
+
+def test_initial_numbers_are_pefts_and_each_experts_own(new_model) -> None:
+    module = experts_of(new_model())
+    ant, bee = (module.bank.layout.unflatten(module.bank.flat(n).detach()) for n in ("ant", "bee"))
+    for site, (a, b) in ant.items():
+        bound = a.shape[1] ** -0.5
+        assert float(b.abs().max()) == 0
+        assert 0.8 * bound < float(a.abs().max()) <= bound
+        assert not torch.equal(a, bee[site][0])
+    first, second = list(ant.values())[:2]
+    assert not torch.equal(first[0], second[0])
+    layer = peft.tuners.lora.Linear(torch.nn.Linear(24, 24), "default", peft.LoraConfig(r=256), r=256, lora_alpha=1)
+    theirs = layer.lora_A["default"].weight
+    assert float(theirs.detach().abs().max()) == pytest.approx(24**-0.5, rel=1e-2)

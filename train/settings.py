@@ -1,0 +1,268 @@
+"""From command line and YAML to a checked `Recipe`, in the first second: nothing here imports torch.
+
+`load_recipe(["--config", "launch/recipes/nano_demo.yaml", "--experts.rank", "8"])`; also `--print_config`, `--dry_run`
+and the `--local_rank` that the DeepSpeed launcher adds. Unknown keys are refused with the nearest known name, and all
+problems are listed at once. What settings must not contradict each other is in train/checks.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..base.errors import ExitCode, QuietGooseError, RecipeError, suggest
+from .checks import check_recipe
+from .recipe import Recipe
+from .redaction import redact
+from .safe_yaml import checked_text, read_yaml
+
+OWN_OPTIONS = ("config", "print_config", "dry_run", "local_rank", "help")
+# settings that change no trained number: they may differ between a run and its continuation
+HARMLESS = ("name", "output", "stages", "data.cache", "evaluate", "tracking", "checkpoint", "resume")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asked for."""
+
+    recipe: Recipe
+    dry_run: bool
+    local_rank: int
+
+
+def load_recipe(argv: Sequence[str]) -> Recipe:
+    """The checked recipe of a command line. RecipeError lists every problem; SystemExit after `--help` and
+    `--print_config`, which print and stop."""
+    return parse_command(argv).recipe
+
+
+def parse_command(argv: Sequence[str]) -> Command:
+    """As `load_recipe`, with the options that are no settings."""
+    arguments = list(argv)
+    _refuse_unknown(arguments)
+    parser = _parser()
+    try:
+        namespace = parser.parse_args(arguments)
+    except SystemExit as stop:
+        raise stop if stop.code in (0, None) else RecipeError("command line refused") from stop
+    except Exception as error:
+        if isinstance(error, QuietGooseError):
+            raise
+        _raise(_bad_values(arguments) or [("CFG-003", _one_line(error))], error)
+    settings = {field.name: namespace[field.name] for field in dataclasses.fields(Recipe)}
+    recipe = Recipe(**settings)
+    problems = check_recipe(recipe)
+    if problems:
+        _raise(problems)
+    return Command(recipe, bool(namespace.dry_run), int(namespace.local_rank))
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, every value written out, secrets masked. `--config` reads it back."""
+    return yaml.safe_dump(redact.value(plain(recipe)), sort_keys=False, allow_unicode=True, width=110)
+
+
+def recipe_from_yaml(path: Path) -> Recipe:
+    """The recipe that `recipe_to_yaml` wrote, for instance beside a checkpoint."""
+    return load_recipe(["--config", str(path)])
+
+
+def plain(recipe: Any) -> Any:
+    """A dataclass as JSON values; tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> leaf. Lists are leaves, and so is an empty mapping."""
+    if isinstance(value, Mapping) and value:
+        return {k: leaf for key in value for k, leaf in flatten(value[key], f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def training_settings(recipe: Recipe) -> dict[str, Any]:
+    """Dotted name -> value of every setting that a trained number depends on."""
+    return {key: value for key, value in flatten(plain(recipe)).items() if not _harmless(key)}
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 over `training_settings`."""
+    text = json.dumps(training_settings(recipe), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Setting -> `was 16, is 8`, for the settings two `training_settings` do not share."""
+    absent = "absent"
+    return {
+        key: f"was {old.get(key, absent)!r}, is {new.get(key, absent)!r}"
+        for key in sorted(set(old) | set(new))
+        if old.get(key, absent) != new.get(key, absent)
+    }
+
+
+def exit_with(error: QuietGooseError, rank: int) -> int:
+    """Write the error to stderr in one piece: whole on rank 0, its first line elsewhere. Returns the exit code."""
+    text = redact(str(error))
+    sys.stderr.write(f"{text}\n" if rank == 0 else f"rank {rank}: {text.splitlines()[0]}\n")
+    sys.stderr.flush()
+    return int(error.exit_code)
+
+
+def _harmless(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+
+
+def _raise(problems: Sequence[tuple[str, str]], cause: BaseException | None = None) -> typing.NoReturn:
+    code, text = problems[0]
+    if len(problems) == 1:
+        raise RecipeError(text, code=code) from cause
+    lines = "".join(f"\n  QG-{c} {t}" for c, t in problems)
+    raise RecipeError(f"{len(problems)} problems in the recipe:{lines}", code=code) from cause
+
+
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="launch/train.py",
+        exit_on_error=False,
+        description="Train, evaluate and export what a recipe says. Every setting of the recipe is an option.",
+    )
+    parser.add_argument("--config", action="config", help="a recipe (YAML); later options override it")
+    parser.add_argument("--dry_run", action="store_true", help="print sizes, memory, steps and tokens, then stop")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the DeepSpeed launcher")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def _refuse_unknown(arguments: Sequence[str]) -> None:
+    """CFG-001 for every unknown key in every file and option, CFG-006/7 for files that cannot be read safely."""
+    problems: list[tuple[str, str]] = []
+    for path in _config_files(arguments):
+        content = read_yaml(path)
+        problems += [("CFG-001", f"{path}: {text}") for text in _unknown_keys(content, Recipe, "")]
+    for argument in arguments:
+        if argument.startswith("-") and not argument[1:2].isdigit():  # -1 is a value, not an option
+            problems += [("CFG-001", text) for text in _unknown_option(argument)]
+    if problems:
+        _raise(problems)
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    for number, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            yield Path(argument.partition("=")[2])
+        elif argument == "--config":
+            if number + 1 == len(arguments):
+                raise RecipeError("--config: give the path of a recipe, for example launch/recipes/nano_demo.yaml")
+            yield Path(arguments[number + 1])
+
+
+def _unknown_option(argument: str) -> list[str]:
+    name = argument.split("=", 1)[0]
+    key = name.lstrip("-").rstrip("+")
+    if name in ("-h", "--help") or (name.startswith("--") and key in OWN_OPTIONS):
+        return []
+    if not name.startswith("--") or not key:
+        return [f"option '{name}' is unknown; settings are given as --section.key value"]
+    nested: Any = None
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    unknown = _unknown_keys(nested, Recipe, "", leaf_is_option=True)
+    if unknown and "." not in key:
+        near = suggest(key, [*OWN_OPTIONS, *(f.name for f in dataclasses.fields(Recipe))])
+        return [f"option '{name}' is unknown.{near}"]
+    return [f"option {name}: {text}" for text in unknown]
+
+
+def _unknown_keys(content: Any, kind: Any, prefix: str, leaf_is_option: bool = False) -> list[str]:
+    """Messages for the keys in `content` that the dataclass `kind` does not have, at any depth."""
+    if not isinstance(content, Mapping):
+        return []  # a wrong value, which the parser reports
+    hints = typing.get_type_hints(kind)
+    problems: list[str] = []
+    for key, value in content.items():
+        if key not in hints:
+            known = ", ".join(hints)
+            problems.append(f"unknown setting '{prefix}{key}'.{suggest(str(key), list(hints)) or f' Allowed: {known}'}")
+            continue
+        inner, many = _dataclass_in(hints[key])
+        if inner is None:
+            if leaf_is_option and isinstance(value, Mapping) and typing.get_origin(hints[key]) is not dict:
+                problems.append(f"setting '{prefix}{key}' has no parts")
+        elif many and isinstance(value, Mapping):
+            for name, part in value.items():
+                problems += _unknown_keys(part, inner, f"{prefix}{key}.{name}.", leaf_is_option)
+        else:
+            problems += _unknown_keys(value, inner, f"{prefix}{key}.", leaf_is_option)
+    return problems
+
+
+def _dataclass_in(hint: Any) -> tuple[type | None, bool]:
+    """(the dataclass a setting holds or None, whether it holds many by name)."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return hint, False
+    for part in typing.get_args(hint):
+        inner, _ = _dataclass_in(part)
+        if inner is not None:
+            return inner, typing.get_origin(hint) is dict
+    return None, False
+
+
+def _bad_values(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """One message for every single value that its type refuses; the parser alone would stop at the first."""
+    parser = _parser()
+    problems: list[tuple[str, str]] = []
+    for path in _config_files(arguments):
+        for key, value in _leaves(read_yaml(path), Recipe, ""):
+            nested: Any = value
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            problems += _try(lambda content=nested: parser.parse_object(content), f"{path}: {key}: {value!r}")
+    options = [(n, a) for n, a in enumerate(arguments) if a.startswith("--")]
+    for number, argument in options:
+        if argument.split("=")[0] in ("--config", "--print_config"):
+            continue
+        has_value = "=" not in argument and number + 1 < len(arguments) and not arguments[number + 1].startswith("--")
+        words = [argument, arguments[number + 1]] if has_value else [argument]
+        problems += _try(lambda given=words: parser.parse_args(given), " ".join(words))
+    return problems
+
+
+def _leaves(content: Any, kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) down to what is no dataclass."""
+    hints = typing.get_type_hints(kind)
+    for key, value in content.items():
+        inner, many = _dataclass_in(hints[key])
+        if inner is None or many or not isinstance(value, Mapping):
+            yield f"{prefix}{key}", value
+        else:
+            yield from _leaves(value, inner, f"{prefix}{key}.")
+
+
+def _try(parse: Any, what: str) -> list[tuple[str, str]]:
+    try:
+        parse()
+    except Exception as error:
+        return [("CFG-003", f"{what}: {_one_line(error)}")]
+    return []
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:400]
+
+
+__all__ = [
+    "HARMLESS", "Command", "ExitCode", "checked_text", "differences", "exit_with", "flatten", "load_recipe",
+    "parse_command", "plain", "recipe_from_yaml", "recipe_hash", "recipe_to_yaml", "training_settings",
+]  # fmt: skip
