@@ -97,27 +97,32 @@ class Checkpoints:
         generators = distributed.gather(_generators())
         tensors = state.gather(engine)
         faults.point("save.gathered", step)
-        problem, path = "", self.folder / f"step_{step:08d}"
-        if engine.world.is_main:
-            try:
-                self._write(engine, step, path, tensors, generators)
-            except OSError as error:
-                problem = f"{error.strerror or error} ({error.filename or path})"
-            except QuietGooseError as error:
-                distributed.broadcast(error)
-                raise
-        verdict = distributed.broadcast(problem)
-        if isinstance(verdict, QuietGooseError):
-            raise verdict
+        path = self.folder / f"step_{step:08d}"
+        problem = self._on_main(engine, lambda: self._try_write(engine, step, path, tensors, generators))
         faults.point("save.after", step)
-        if verdict:
+        if problem:
             self.failed_in_row += 1
             self._clean()
-            self.event("checkpoint_abandoned", code="QG-IO-001", step=step, reason=verdict)
+            self.event("checkpoint_abandoned", code="QG-IO-001", step=step, reason=problem)
             return None
         self.failed_in_row = 0
         self.event("checkpoint", step=step, path=str(path), seconds=round(time.monotonic() - started, 3))
         return path
+
+    def _try_write(
+        self,
+        engine: Engine,
+        step: int,
+        path: Path,
+        tensors: Mapping[str, torch.Tensor],
+        generators: list[dict[str, torch.Tensor]],
+    ) -> str:
+        """Empty, or why the disk refused."""
+        try:
+            self._write(engine, step, path, tensors, generators)
+        except (OSError, SafetensorError) as error:
+            return str(error) or type(error).__name__
+        return ""
 
     def _write(
         self,

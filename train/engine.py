@@ -34,7 +34,6 @@ from .schedule import learning_rate
 from .types import Batch, StepBatch, StepReport
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-ROOT = "job."
 
 
 def initialize_distributed(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
@@ -127,8 +126,11 @@ class Engine:
         self.stage = int(self.config["zero_optimization"]["stage"])
         adamw = self._adamw(groups)
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        # micro-batches are counted here, through the boundary flag; DeepSpeed keeps its own copy of the config
-        self.deepspeed, *_ = deepspeed.initialize(model=_Root(module), optimizer=adamw, config=dict(self.config))
+        self.deepspeed: Any = deepspeed.initialize(
+            model=_Root(module),
+            optimizer=adamw,
+            config=dict(self.config),  # type: ignore[arg-type]
+        )[0]
         self.adamw = adamw
         self._coefficients: dict[str, float] = {}
         self._bad = False

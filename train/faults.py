@@ -1,7 +1,7 @@
 """Named points at which a fault test may strike: `kill` a rank, `raise`, make a value NaN, `hang`.
 
 A plan is a JSON list of {"rank", "step", "point", "action"}; `step` counts optimizer steps, -1 is any. It is read
-only if the process was started with QG_FAULT_PLAN set AND QG_FAULT_TESTS=1; otherwise every point is one `if`.
+only if the process was started with QG_FAULT_PLAN set AND QG_FAULT_TESTS=1; otherwise a point costs one look.
 Used by tests/train/test_faults.py through engine, loop and checkpoint.
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import time
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,18 +19,16 @@ import torch
 from ..base.distributed import world
 
 
+@cache
 def _plan() -> list[dict[str, Any]]:
     if os.environ.get("QG_FAULT_TESTS") != "1":
         return []
     return json.loads(os.environ.get("QG_FAULT_PLAN", "[]"))
 
 
-PLAN = _plan()
-
-
 def point(name: str, step: int = -1) -> None:
     """Carry out what the plan has for this rank, step and point."""
-    if not PLAN:
+    if not _plan():
         return
     for fault in _due(name, step):
         action = fault["action"]
@@ -47,11 +46,11 @@ def point(name: str, step: int = -1) -> None:
 
 def tensor(name: str, step: int, value: torch.Tensor) -> torch.Tensor:
     """`value`, or `value` made NaN if the plan says so."""
-    if PLAN and any(fault["action"] == "nan" for fault in _due(name, step)):
+    if _plan() and any(fault["action"] == "nan" for fault in _due(name, step)):
         return value * float("nan")
     return value
 
 
 def _due(name: str, step: int) -> list[dict[str, Any]]:
     rank = world().rank
-    return [f for f in PLAN if f["point"] == name and f["rank"] == rank and f.get("step", -1) in (-1, step)]
+    return [f for f in _plan() if f["point"] == name and f["rank"] == rank and f.get("step", -1) in (-1, step)]

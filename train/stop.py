@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 
 from ..base.distributed import world
 from ..base.errors import ExitCode, MemoryExhausted, PeerLost, QuietGooseError, StopRequested
@@ -277,6 +278,6 @@ def _memory(error: torch.OutOfMemoryError) -> MemoryExhausted:
 
 def _peer_lost(error: Exception) -> PeerLost | None:
     text = str(error)
-    if isinstance(error, torch.distributed.DistError) or any(word in text for word in PEER_WORDS):
+    if isinstance(error, dist.DistError) or any(word in text for word in PEER_WORDS):
         return PeerLost(f"rank {world().rank} lost a peer: {text.splitlines()[0] if text else type(error).__name__}")
     return None
