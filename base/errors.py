@@ -7,6 +7,7 @@ The exit codes are the ones a rank leaves with; `outcome.json` in the run folder
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -34,6 +35,17 @@ class QuietGooseError(Exception):
         self.code = f"QG-{code or self.default_code}"
         self.message = message
         super().__init__(f"{self.code} {message}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # errors travel between ranks; the default would call __init__ with the finished text
+        return _restore, (type(self), self.args, dict(self.__dict__))
+
+
+def _restore(kind: type[QuietGooseError], args: tuple[Any, ...], state: dict[str, Any]) -> QuietGooseError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class RecipeError(QuietGooseError):

@@ -197,7 +197,7 @@ def _nano(recipe: Recipe) -> Iterator[Problem]:
 def _model_name(base: BaseSettings) -> Iterator[Problem]:
     name = base.model
     local = Path(name).expanduser()
-    if local.exists():
+    if name == "smollm2" or local.exists():
         return
     if name.startswith((".", "/", "~")) or name.endswith((".gguf", ".whl")) or name.count("/") > 1:
         yield "CFG-013", f"base.model: {name}: no such file or folder"

@@ -25,9 +25,9 @@ from . import skills
 from .arms import build_arms
 from .base_models import LoadedBase
 from .data.attention import model_inputs
-from .data.build import build_step_data, resolve_sources
+from .data.build import build_step_data
 from .recipe import EvaluateSettings, TrainSettings
-from .stages import Context, Writer, the_base, the_library
+from .stages import Context, Writer, gate_sources, the_base, the_library
 
 TRACED_PROMPTS = 12
 ACTIVATION_ROWS = 32
@@ -66,7 +66,7 @@ def run_evaluate(context: Context) -> Writer:
         results = evaluate(
             base.model, base.tokenizer, tasks, arms, device=context.device, batch_tokens=settings.batch_tokens,
             max_new_tokens=settings.max_new_tokens, bootstrap=settings.bootstrap, baseline=settings.baseline,
-            seed=recipe.seed, arm_tasks=limited, on_progress=context.progress("evaluate"),
+            seed=recipe.seed, arm_tasks=limited, on_progress=context.progress,
         )  # fmt: skip
         attach(base.model, library, recipe.router.name, recipe.router.k, seed=recipe.seed)
         traces = [
@@ -88,7 +88,7 @@ def run_evaluate(context: Context) -> Writer:
 def mean_activations(context: Context, base: LoadedBase, library: ExpertLibrary) -> SiteVectors:
     """Vectors of the average-activation router, from packed training rows of every expert that has some."""
     recipe = context.recipe
-    sources = resolve_sources(recipe.data)
+    sources = gate_sources(recipe)
     train = TrainSettings(steps=1, rows_per_expert=ACTIVATION_ROWS, micro_rows=ACTIVATION_ROWS)
     attach(base.model, library, "uniform", 1)
     batches: dict[str, list[tuple[Mapping[str, Any], torch.Tensor]]] = {}

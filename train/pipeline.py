@@ -6,8 +6,8 @@ Started by launch/train.py under the DeepSpeed launcher, torchrun or plain pytho
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,199 @@ import torch
 
 from ..base import distributed
 from ..base.distributed import World
-from ..base.errors import ExitCode, QuietGooseError, RecipeError, StopRequested
-from ..base.files import sha256_json, write_atomic
+from ..base.errors import ExitCode, QuietGooseError, StopRequested
+from ..base.files import read_json, sha256_json, write_atomic
 from ..evaluation.report import Trace, read_events, write_report
-from ..evaluation.tables import from_json, to_markdown
-from . import facts as machine
+from ..evaluation.tables import from_json
 from .checkpoint import Checkpoints
+from .data.loader import StepData
 from .engine import Engine, initialize_distributed, shutdown
 from .evaluate_stage import run_evaluate
+from .facts import facts
 from .loop import train
 from .recipe import Recipe, TrainSettings
 from .run_folder import RunFolder, held
 from .settings import recipe_to_yaml
-from .stages import STAGES, Context, Stage
+from .sinks import Sinks
+from .stages import (
+    Context,
+    Stage,
+    base_settings,
+    evaluate_settings,
+    expert_settings,
+    export_settings,
+    gate_settings,
+    run_base,
+    run_experts,
+    run_export,
+    run_gates,
+)
 from .stop import StopControl, leave, run_guarded
 from .strategy import load_strategy
+
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("base", base_settings, run_base),
+        Stage("experts", expert_settings, run_experts),
+        Stage("gates", gate_settings, run_gates),
+        Stage("evaluate", evaluate_settings, run_evaluate),
+        Stage("export", export_settings, run_export),
+    )
+}
+
+
+def run(recipe: Recipe) -> int:
+    """Run the recipe's stages on this rank; returns the exit code, which `outcome.json` repeats. Collective."""
+    world = initialize_distributed()
+    folder = RunFolder(Path(recipe.output))
+    code = run_guarded(folder.root, lambda: _run(recipe, folder, world))
+    if code == ExitCode.PEER_LOST:
+        leave(code)
+    shutdown()
+    return code
+
+
+def _run(recipe: Recipe, folder: RunFolder, world: World) -> None:
+    with ExitStack() as stack:
+        _hold(folder, world, stack)
+        if world.is_main:
+            write_atomic(folder.root / "recipe.yaml", recipe_to_yaml(recipe))
+        stop = StopControl(folder.root).install()
+        stack.callback(stop.close)
+        sinks = stack.enter_context(Sinks(recipe, folder.root, world))
+        device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        context = Context(
+            recipe=recipe,
+            folder=folder,
+            device=device,
+            world=world,
+            train=lambda *arguments: _train(recipe, folder, sinks, stop, device, *arguments),
+            event=sinks.event,
+            progress=sinks.progress,
+            facts=facts(),
+        )
+        for name in recipe.stages:
+            _stage(STAGES[name], context, sinks, stop)
+        if world.is_main:
+            report = write_run_report(recipe, folder, context.facts)
+            sinks.artifact(report)
+            sinks.finish(folder, report)
+
+
+def _hold(folder: RunFolder, world: World, stack: ExitStack) -> None:
+    """Rank 0 takes the lock; if it cannot, all ranks leave with its error."""
+    problem: QuietGooseError | None = None
+    if world.is_main:
+        try:
+            stack.enter_context(held(folder))
+        except QuietGooseError as error:
+            problem = error
+    problem = distributed.broadcast(problem)
+    if problem is not None:
+        raise problem
+
+
+def _stage(stage: Stage, context: Context, sinks: Sinks, stop: StopControl) -> None:
+    """One stage, unless it is sealed. Rank 0 writes the result; its failure ends all ranks."""
+    if distributed.any_rank(stop.requested()):
+        raise StopRequested(f"{stop.reason()}: stopped before stage '{stage.name}', nothing is lost", saved=True)
+    settings = stage.settings(context.recipe)
+    if _on_main(context.world, lambda: context.folder.finished(stage.name, settings)):
+        sinks.event("stage_skipped", stage=stage.name, reason="finished before, files verified")
+        return
+    with sinks.stage(stage.name):
+        started = time.monotonic()
+        writer = stage.run(context)
+
+        def write() -> None:
+            with context.folder.staging(stage.name) as staging:
+                writer(staging)
+            context.folder.seal(stage.name, settings)
+
+        _on_main(context.world, write)
+        sinks.result(stage.name, context.folder.result(stage.name))
+        sinks.event("stage_finished", stage=stage.name, seconds=round(time.monotonic() - started, 1))
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    sinks: Sinks,
+    stop: StopControl,
+    device: torch.device,
+    stage: str,
+    job: Any,
+    data: StepData,
+    settings: TrainSettings,
+    base_sha256: str,
+) -> Mapping[str, torch.Tensor]:
+    """One training loop with its checkpoints; the trained tensors, whole, on every rank."""
+    job.to(device)
+    engine = Engine(
+        job,
+        job.parameter_groups(),
+        settings.optimizer,
+        settings.steps,
+        data.micro_count,
+        load_strategy(settings.strategy or recipe.strategy),
+        data.names,
+        device,
+        micro_rows=data.share.rows,
+    )
+    checkpoints = Checkpoints(
+        folder.checkpoints(stage),
+        keep=recipe.checkpoint.keep,
+        identity={
+            "settings": sha256_json(STAGES[stage].settings(recipe)),
+            "base": base_sha256,
+            "data": data.hash(),
+        },
+        recipe_yaml=recipe_to_yaml(recipe),
+        event=sinks.event,
+    )
+    with sinks.training(stage, settings.steps):
+        train(
+            engine,
+            data,
+            checkpoints,
+            [sinks],
+            stop,
+            settings.steps,
+            every=recipe.checkpoint.every,
+            resume=recipe.resume,
+        )
+    trained = engine.trainable()
+    engine.destroy()
+    data.close()
+    return trained
+
+
+def write_run_report(recipe: Recipe, folder: RunFolder, known: Mapping[str, Any]) -> Path:
+    """report.html from what the run left on disk."""
+    evaluated = folder.result("evaluate")
+    results = from_json(read_json(evaluated / "results.json")) if (evaluated / "results.json").is_file() else None
+    traces = read_json(evaluated / "traces.json") if (evaluated / "traces.json").is_file() else []
+    return write_report(
+        folder.root / "report.html",
+        recipe.name,
+        results=results,
+        traces=[Trace(**one) for one in traces],
+        events=read_events(folder.root / "events.jsonl"),
+        facts=known,
+        highlight=recipe.router.name,
+    )
+
+
+def _on_main(world: World, action: Any) -> Any:
+    """Rank 0's result on all ranks, or its error on all ranks."""
+    outcome: tuple[Any, QuietGooseError | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = (action(), None)
+        except QuietGooseError as error:
+            outcome = (None, error)
+    value, problem = distributed.broadcast(outcome)
+    if problem is not None:
+        raise problem
+    return value

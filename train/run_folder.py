@@ -35,11 +35,8 @@ class RunFolder:
         return self.stage(name) / "checkpoints"
 
     def result(self, name: str) -> Path:
-        return self.stage(name) / "result"
-
-    @property
-    def export(self) -> Path:
-        return self.root / "export"
+        """Where a stage's result lies: the export in the open, the others beside their checkpoints."""
+        return self.root / "export" if name == "export" else self.stage(name) / "result"
 
     def require(self, name: str, wanted_by: str) -> Path:
         """The result of an earlier stage; RecipeError CFG-020 if it never ran."""
@@ -72,10 +69,10 @@ class RunFolder:
     def staging(self, name: str) -> Iterator[Path]:
         """A folder to write the stage's result into; renamed into place and flushed when the block ends well."""
         target = self.result(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in target.parent.glob("result.tmp-*"):
+        self.stage(name).mkdir(parents=True, exist_ok=True)
+        for left_over in target.parent.glob(f"{target.name}.tmp-*"):
             shutil.rmtree(left_over)
-        staging = target.with_name(f"result.tmp-{os.getpid()}-{time.time_ns()}")
+        staging = target.with_name(f"{target.name}.tmp-{os.getpid()}-{time.time_ns()}")
         staging.mkdir()
         try:
             yield staging

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from ..base import distributed
 from ..base.distributed import World
+from ..base.errors import RecipeError
 from ..base.files import read_json, write_json
 from ..routing.gates_format import load_gates, save_gates
 from ..routing.library import ExpertLibrary
@@ -28,12 +29,13 @@ from ..routing.sites import find_sites
 from .base_models import LoadedBase, load_base
 from .data.attention import model_inputs, resolve_attention
 from .data.build import build_step_data, resolve_sources
+from .data.loader import StepData
 from .export import Provenance, export_model
 from .jobs.base import LanguageModelJob
 from .jobs.experts import ExpertJob
 from .jobs.gates import GateJob
 from .nano import build_nano
-from .recipe import Recipe, TrainSettings
+from .recipe import DataSettings, Recipe, SourceSettings, TrainSettings
 from .run_folder import RunFolder
 
 Writer = Callable[[Path], None]
@@ -41,16 +43,17 @@ Writer = Callable[[Path], None]
 
 @dataclass
 class Context:
-    """What every stage is given. `train(stage, job, data, settings)` runs one training loop and returns the trained
-    tensors, whole and in fp32 on the CPU, on every rank."""
+    """What every stage is given. `train(stage, job, data, settings, base_sha256)` runs one training loop and returns the
+    trained tensors, whole and in fp32 on the CPU, on every rank."""
 
     recipe: Recipe
     folder: RunFolder
     device: torch.device
     world: World
-    train: Callable[[str, Any, Any, TrainSettings], Mapping[str, torch.Tensor]]
+    train: Callable[[str, Any, StepData, TrainSettings, str], Mapping[str, torch.Tensor]]
     event: Callable[..., None]
-    notes: dict[str, Any] = field(default_factory=dict)
+    progress: Callable[[str, int, int], None]
+    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=dataclasses.asdict))
 
 
-def _base_settings(recipe: Recipe) -> Mapping[str, Any]:
+def base_settings(recipe: Recipe) -> Mapping[str, Any]:
     shape = {"nano": recipe.base.nano, "train": recipe.base.train} if recipe.base.model == "nano" else {}
     return _plain(
         {"seed": recipe.seed, "model": recipe.base.model, "dtype": recipe.base.dtype, **shape,
@@ -74,21 +77,38 @@ def _base_settings(recipe: Recipe) -> Mapping[str, Any]:
     )  # fmt: skip
 
 
-def _expert_settings(recipe: Recipe) -> Mapping[str, Any]:
+def expert_settings(recipe: Recipe) -> Mapping[str, Any]:
     data = {k: v for k, v in vars(recipe.data).items() if k != "cache"}
-    return _plain({"base": _base_settings(recipe), "data": data, "experts": recipe.experts})
+    return _plain({"base": base_settings(recipe), "data": data, "experts": recipe.experts})
 
 
-def _gate_settings(recipe: Recipe) -> Mapping[str, Any]:
-    return _plain({"experts": _expert_settings(recipe), "gates": recipe.gates})
+def gate_settings(recipe: Recipe) -> Mapping[str, Any]:
+    return _plain({"experts": expert_settings(recipe), "gates": recipe.gates})
 
 
-def _evaluate_settings(recipe: Recipe) -> Mapping[str, Any]:
-    return _plain({"gates": _gate_settings(recipe), "router": recipe.router, "evaluate": recipe.evaluate})
+def evaluate_settings(recipe: Recipe) -> Mapping[str, Any]:
+    return _plain({"gates": gate_settings(recipe), "router": recipe.router, "evaluate": recipe.evaluate})
 
 
-def _export_settings(recipe: Recipe) -> Mapping[str, Any]:
-    return _plain({"gates": _gate_settings(recipe), "router": recipe.router})
+def export_settings(recipe: Recipe) -> Mapping[str, Any]:
+    return _plain({"gates": gate_settings(recipe), "router": recipe.router})
+
+
+def trained_sources(recipe: Recipe) -> dict[str, SourceSettings]:
+    """Experts that this run trains: every source whose name is not among `experts.load`."""
+    return {name: s for name, s in resolve_sources(recipe.data).items() if name not in recipe.experts.load}
+
+
+def gate_sources(recipe: Recipe) -> dict[str, SourceSettings]:
+    """A source for every expert's gates, trained experts first. RecipeError CFG-028 if a loaded one has none."""
+    sources = resolve_sources(recipe.data)
+    missing = [name for name in recipe.experts.load if name not in sources]
+    if missing:
+        raise RecipeError(
+            f"experts.load.{missing[0]}: its gates need its kind of data; name a source in data.experts.{missing[0]}",
+            code="CFG-028",
+        )
+    return {**trained_sources(recipe), **{name: sources[name] for name in recipe.experts.load}}
 
 
 def the_base(context: Context, wanted_by: str) -> LoadedBase:
@@ -110,7 +130,7 @@ def the_library(context: Context, base: LoadedBase, wanted_by: str, *, gates: bo
     """Trained experts, then loaded ones, in the recipe's order; with their gates if asked."""
     sites = tuple(find_sites(base.model, ["all-linear"]))
     experts = []
-    if resolve_sources(context.recipe.data):
+    if trained_sources(context.recipe):
         result = context.folder.require("experts", wanted_by)
         names = read_json(result / "experts.json")["names"]
         experts += [load_peft(result / name, name, sites) for name in names]
@@ -121,6 +141,26 @@ def the_library(context: Context, base: LoadedBase, wanted_by: str, *, gates: bo
     return library
 
 
+def _data(
+    context: Context,
+    sources: Mapping[str, SourceSettings | None],
+    tokenizer: Any,
+    settings: DataSettings,
+    train: TrainSettings,
+) -> StepData:
+    """This rank's share. Rank 0 goes first, so that texts are tokenised once."""
+    data: StepData | None = None
+    for turn in (True, False):
+        if context.world.is_main is turn:
+            data = build_step_data(
+                sources, tokenizer, settings, train, context.recipe.seed, context.world.rank, context.world.size
+            )
+        distributed.barrier()
+    assert data is not None
+    context.event("data", sources=data.summary(), sha256=data.hash())
+    return data
+
+
 def run_base(context: Context) -> Writer:
     recipe = context.recipe
     model, tokenizer = build_nano(recipe.base.nano, recipe.seed)
@@ -128,17 +168,9 @@ def run_base(context: Context) -> Writer:
     model.to(context.device)  # type: ignore[arg-type]
     model.set_attn_implementation(attention)
     text = dataclasses.replace(recipe.data, loss_on="all")
-    data = build_step_data(
-        {"loss": recipe.data.base},
-        tokenizer,
-        text,
-        recipe.base.train,
-        recipe.seed,
-        context.world.rank,
-        context.world.size,
-    )
+    data = _data(context, {"loss": recipe.data.base}, tokenizer, text, recipe.base.train)
     job = LanguageModelJob(model, lambda batch: model_inputs(batch, attention))
-    trained = context.train("base", job, data, recipe.base.train)
+    trained = context.train("base", job, data, recipe.base.train, "")
 
     def write(folder: Path) -> None:
         fresh, _ = build_nano(recipe.base.nano, recipe.seed)
@@ -156,18 +188,10 @@ def run_base(context: Context) -> Writer:
 def run_experts(context: Context) -> Writer:
     recipe = context.recipe
     base = the_base(context, "experts")
-    sources = resolve_sources(recipe.data)
-    data = build_step_data(
-        sources,
-        base.tokenizer,
-        recipe.data,
-        recipe.experts.train,
-        recipe.seed,
-        context.world.rank,
-        context.world.size,
-    )
+    sources = trained_sources(recipe)
+    data = _data(context, sources, base.tokenizer, recipe.data, recipe.experts.train)
     job = ExpertJob(base.model, base.attention, list(sources), recipe.experts, recipe.seed)
-    trained = context.train("experts", job, data, recipe.experts.train)
+    trained = context.train("experts", job, data, recipe.experts.train, base.sha256)
     experts = job.experts(trained)
 
     def write(folder: Path) -> None:
@@ -182,18 +206,10 @@ def run_gates(context: Context) -> Writer:
     recipe = context.recipe
     base = the_base(context, "gates")
     library = the_library(context, base, "gates", gates=False)
-    sources = resolve_sources(recipe.data)
-    data = build_step_data(
-        sources,
-        base.tokenizer,
-        recipe.data,
-        recipe.gates.train,
-        recipe.seed,
-        context.world.rank,
-        context.world.size,
-    )
+    sources = gate_sources(recipe)
+    data = _data(context, sources, base.tokenizer, recipe.data, recipe.gates.train)
     job = GateJob(base.model, base.attention, library, recipe.gates)
-    trained = context.train("gates", job, data, recipe.gates.train)
+    trained = context.train("gates", job, data, recipe.gates.train, base.sha256)
     gated = job.library(trained)
     return lambda folder: save_gates(gated, folder / "gates.safetensors")
 
