@@ -21,7 +21,6 @@ from ..routing.library import ExpertLibrary
 from ..routing.model import attach
 from ..routing.routers import SiteVectors
 from ..routing.statistics import average_activation, collect, token_votes
-from . import skills
 from .arms import build_arms
 from .base_models import LoadedBase
 from .data.attention import model_inputs
@@ -29,6 +28,7 @@ from .data.build import build_step_data
 from .recipe import EvaluateSettings, TrainSettings
 from .stages import Context, Writer, gate_sources, the_base, the_library
 
+SKILL = "skills:"
 TRACED_PROMPTS = 12
 ACTIVATION_ROWS = 32
 
@@ -41,8 +41,10 @@ def load_tasks(settings: EvaluateSettings, seed: int) -> list[Task]:
     folders = find_tasks(settings.collection, settings.split, settings.include) if settings.collection else []
     tasks = [load_task(folder, settings.split, settings.limit) for folder in folders]
     for name, source in settings.tasks.items():
-        if source.startswith(skills.PREFIX):
-            rows = skills.rows(source.removeprefix(skills.PREFIX), settings.split, seed)[: settings.limit]
+        if source.startswith(SKILL):
+            from . import skills
+
+            rows = skills.rows(source.removeprefix(SKILL), settings.split, seed)[: settings.limit]
             group = "two experts" if source.endswith("mixed") else "one expert"
             tasks.append(make_task(name, rows, group, source))
         else:
@@ -70,7 +72,7 @@ def run_evaluate(context: Context) -> Writer:
         )  # fmt: skip
         attach(base.model, library, recipe.router.name, recipe.router.k, seed=recipe.seed)
         traces = [
-            trace(base, library, label, item, needed_experts(item, base), context.device)
+            trace(base, library, label, item, (), context.device)
             for label, item in _samples(tasks, TRACED_PROMPTS)
         ]
         routing = routing_summary(traces, library)

@@ -6,7 +6,6 @@ Started by launch/train.py under the DeepSpeed launcher, torchrun or plain pytho
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..base.errors import ExitCode, QuietGooseError, StopRequested
 from ..base.files import read_json, sha256_json, write_atomic
 from ..evaluation.report import Trace, read_events, write_report
 from ..evaluation.tables import from_json
+from .agreement import check_agreement, own_facts
 from .checkpoint import Checkpoints
 from .data.loader import StepData
 from .engine import Engine, initialize_distributed, shutdown
@@ -70,6 +70,7 @@ def run(recipe: Recipe) -> int:
 
 
 def _run(recipe: Recipe, folder: RunFolder, world: World) -> None:
+    check_agreement(own_facts(recipe))
     with ExitStack() as stack:
         _hold(folder, world, stack)
         if world.is_main:
@@ -92,8 +93,8 @@ def _run(recipe: Recipe, folder: RunFolder, world: World) -> None:
             _stage(STAGES[name], context, sinks, stop)
         if world.is_main:
             report = write_run_report(recipe, folder, context.facts)
-            sinks.artifact(report)
-            sinks.finish(folder, report)
+            sinks.tracker.artifact(report)
+            sinks.say(f"report: {report}")
 
 
 def _hold(folder: RunFolder, world: World, stack: ExitStack) -> None:
@@ -118,7 +119,6 @@ def _stage(stage: Stage, context: Context, sinks: Sinks, stop: StopControl) -> N
         sinks.event("stage_skipped", stage=stage.name, reason="finished before, files verified")
         return
     with sinks.stage(stage.name):
-        started = time.monotonic()
         writer = stage.run(context)
 
         def write() -> None:
@@ -128,7 +128,6 @@ def _stage(stage: Stage, context: Context, sinks: Sinks, stop: StopControl) -> N
 
         _on_main(context.world, write)
         sinks.result(stage.name, context.folder.result(stage.name))
-        sinks.event("stage_finished", stage=stage.name, seconds=round(time.monotonic() - started, 1))
 
 
 def _train(

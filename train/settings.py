@@ -51,7 +51,7 @@ def parse_command(argv: Sequence[str]) -> Command:
     _refuse_unknown(arguments)
     parser = _parser()
     try:
-        namespace = parser.parse_args(arguments)
+        namespace = parser.instantiate_classes(parser.parse_args(arguments))
     except SystemExit as stop:
         raise stop if stop.code in (0, None) else RecipeError("command line refused") from stop
     except Exception as error:

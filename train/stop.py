@@ -241,7 +241,7 @@ def run_guarded(folder: Path, main: Callable[[], None]) -> int:
             _unexpected(folder, error)
             raise
         traceback.print_exc()
-        return _end(folder, "failed", lost, main_rank)
+        return _end(folder, "failed", lost, write=main_rank and read_json(folder / OUTCOME)["state"] == "running")
     except Exception as error:
         _unexpected(folder, error)
         raise

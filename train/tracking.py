@@ -31,7 +31,8 @@ from ..base.files import inside, read_json
 from .checks import read_credentials
 from .events import NAME, EventLog
 from .recipe import TrackingSettings
-from .redaction import redact
+from .redaction import MASK, redact
+from .safe_yaml import read_yaml
 
 if TYPE_CHECKING:
     from .types import StepReport
@@ -40,6 +41,7 @@ RUN_FILE = "run.json"
 CLOSING_SECONDS = 60.0
 FAILING_SECONDS = 2.0
 HTTP_SECONDS = 15.0
+SYNC_SECONDS = 3600.0
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -143,7 +145,9 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.finish("FINISHED")
         elif issubclass(kind, (StopRequested, KeyboardInterrupt, SystemExit)):
@@ -162,7 +166,11 @@ class _SinkProcess:
         self._state = "connecting"
         self._http = str(settings["uri"]).startswith("http")
         self._folder = settings["folder"]
-        command = [sys.executable, "-m", "quietgoose.train.mlflow_sink"]  # secrets go through the pipe, not through `ps`
+        command = [
+            sys.executable,
+            "-m",
+            "quietgoose.train.mlflow_sink",
+        ]  # secrets go through the pipe, not through `ps`
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -182,13 +190,13 @@ class _SinkProcess:
         if self._state != "done":
             self._state = "gone"
 
-    def close(self) -> None:
-        """Let the sink finish: a minute if it gets through, seconds if it does not."""
+    def close(self, patience: float | None = None) -> bool:
+        """Let the sink finish: by default a minute if it gets through, seconds if it does not. True if all was sent."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         started = time.monotonic()
-        while self._process.poll() is None and time.monotonic() - started < self._patience():
+        while self._process.poll() is None and time.monotonic() - started < (patience or self._patience()):
             time.sleep(0.05)
         if self._process.poll() is None:
             self._process.kill()
@@ -198,11 +206,24 @@ class _SinkProcess:
                 "QG-TRACK-002 MLflow did not get all events; events.jsonl has them. "
                 f"Send the rest with: quietgoose sync {self._folder}"
             )
+        return self._process.returncode == 0
 
     def _patience(self) -> float:
         if self._state == "failing":
             return FAILING_SECONDS
         return HTTP_SECONDS if self._http and self._state == "connecting" else CLOSING_SECONDS
+
+
+def sync(folder: Path, say: Callable[[str], None], credentials: str | None = None) -> bool:
+    """Send what a run's MLflow has not got yet, by the settings in its recipe.yaml; True if all was sent.
+
+    Raises RecipeError CFG-006 if `folder` is no run folder.
+    """
+    tracking = TrackingSettings(**read_yaml(folder / "recipe.yaml").get("tracking", {}))
+    if tracking.uri and f"{MASK}@" in tracking.uri:  # the saved recipe holds no password
+        tracking.uri = tracking.uri.replace(f"{MASK}@", "")
+    tracking.credentials = credentials or tracking.credentials
+    return _SinkProcess(sink_settings(tracking, folder), say).close(patience=SYNC_SECONDS)
 
 
 def sink_settings(settings: TrackingSettings, folder: Path) -> dict[str, Any]:
@@ -222,8 +243,14 @@ def sink_settings(settings: TrackingSettings, folder: Path) -> dict[str, Any]:
         redact.add(secrets.get(key, ""))
     return {
         "folder": str(root), "uri": uri, "secrets": secrets, "experiment": settings.experiment,
-        "artifacts": None if settings.uri else str(root / "mlartifacts"), "system_metrics": settings.system_metrics,
+        "artifacts": _artifacts(uri), "system_metrics": settings.system_metrics,
     }  # fmt: skip
+
+
+def _artifacts(uri: str) -> str | None:
+    """Beside a SQLite file; a server knows its own place."""
+    path = uri.removeprefix("sqlite:///")
+    return str(Path(path).resolve().parent / "mlartifacts") if path != uri else None
 
 
 def memory_gib() -> float:

@@ -3,7 +3,7 @@
 does; only the model and the data are tiny.
 
 Settings: {"out": folder, "cases": [case, ...]}. A case: run (folder below out), strategy, steps, and optionally every,
-resume, allow, resume_step, dtype, model ("bank" or "plain"), clip, keep, plan (faults), step_seconds, hang_seconds.
+resume, allow, file_limit, resume_step, dtype, model ("bank" or "plain"), clip, keep, plan (faults), step_seconds, hang_seconds.
 Rank 0 leaves `CASE.json` with losses (as hex, so that equal means bitwise) and hashes.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quietgoose.base.errors import QuietGooseError
 from quietgoose.base.files import sha256_tensors
 from quietgoose.train import faults
 from quietgoose.train.checkpoint import Checkpoints
@@ -30,6 +30,7 @@ from quietgoose.train.strategy import load_strategy
 from quietgoose.train.types import Batch, LossTerms, StepBatch
 
 NAMES = ("a", "b", "c")
+OPTIMIZER = {"lr": 0.1, "clip": 0.05, "weight_decay": 0.1, "schedule": "cosine", "eps": 1e-2}  # eps: clipping shows
 ROWS, LENGTH, VOCABULARY, WIDTH = 12, 8, 16, 32
 
 
@@ -156,11 +157,14 @@ def run_case(case: dict, out: Path) -> int:
     recorder, result = Recorder(), {"world": world.size}
     stop = StopControl(folder, hang_seconds=case.get("hang_seconds", 120), grace_seconds=case.get("grace_seconds", 28))
 
+    if "file_limit" in case and world.is_main:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (case["file_limit"], resource.RLIM_INFINITY))
+
     def main() -> None:
         torch.manual_seed(0)
         job = (PlainJob if case.get("model") == "plain" else BankJob)(getattr(torch, case.get("dtype", "float32")))
         data = TinyData(world.rank, world.size, len(job.names), case.get("step_seconds", 0.0))
-        settings = OptimizerSettings(lr=1e-2, clip=case.get("clip", 0.05), weight_decay=0.1, schedule="cosine")
+        settings = OptimizerSettings(**{**OPTIMIZER, "clip": case.get("clip", OPTIMIZER["clip"])})
         engine = Engine(
             job, job.parameter_groups(), settings, 20, 2, load_strategy(case["strategy"]), job.names, "cpu"
         )  # fmt: skip
@@ -183,15 +187,8 @@ def run_case(case: dict, out: Path) -> int:
             result["applied"], result["skipped"] = engine.applied, engine.skipped
             engine.destroy()
 
-    try:
-        code = run_guarded(folder, main)
-    except QuietGooseError:
-        raise
-    except Exception:
-        code = 1
-        import traceback
-
-        traceback.print_exc()
+    code = run_guarded(folder, main)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if world.is_main:
         result.update(code=code, losses=recorder.losses, norms=recorder.norms, events=recorder.events)
         (out / f"{case.get('name', case['run'])}.json").write_text(json.dumps(result))

@@ -29,9 +29,9 @@ def worker() -> dict:
 def plain(worker: dict, model: str, clip: float = 0.05) -> tuple[list[float], dict[str, float]]:
     """The same training in plain PyTorch: one process, one backward a step, clip_grad_norm_ per group."""
     job = worker["BankJob" if model == "bank" else "PlainJob"](torch.float32)
-    settings = OptimizerSettings(lr=1e-2, clip=clip, weight_decay=0.1, schedule="cosine")
+    settings = OptimizerSettings(**worker["OPTIMIZER"])
     groups = job.parameter_groups()
-    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    adamw = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
     data = worker["TinyData"](0, 1, len(job.names), 0.0)
     losses = []
     for step in range(STEPS):
@@ -85,7 +85,7 @@ def test_clipping_is_per_group_and_can_be_off(ranks, worker) -> None:
     losses, _ = plain(worker, "bank", clip=1e9)
     assert curve(done.results["zero2-0.0"]) == pytest.approx(losses, rel=1e-5)
     clipped, _ = plain(worker, "bank")
-    assert losses[-1] != pytest.approx(clipped[-1], rel=1e-4)
+    assert losses[-1] != pytest.approx(clipped[-1], rel=1e-3)
 
 
 def test_groups_must_be_the_trainables_in_fp32(worker) -> None:

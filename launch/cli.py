@@ -1,0 +1,112 @@
+"""The console command `quietgoose`:
+
+quietgoose doctor                      what is missing on this machine
+quietgoose train --config RECIPE ...   the DeepSpeed launcher around launch/train.py; every setting is an option
+quietgoose evaluate --model PATH ...   launch/evaluate.py
+quietgoose stop [--now] RUN            save after this step and stop; --now: stop without saving
+quietgoose sync RUN                    send MLflow what it has not got
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from quietgoose.base.errors import ExitCode, QuietGooseError, RecipeError, suggest
+from quietgoose.train.redaction import install_excepthook
+from quietgoose.train.settings import exit_with
+
+
+def train(argv: Sequence[str]) -> int:
+    """`--processes N` and, after `--launcher`, options of the DeepSpeed launcher up to `--`; the rest is the recipe's."""
+    from quietgoose.train.settings import parse_command
+
+    options = argparse.ArgumentParser(prog="quietgoose train", add_help=False, allow_abbrev=False)
+    options.add_argument("--processes", type=int)
+    own, rest = options.parse_known_args(list(argv))
+    launcher: list[str] = []
+    if "--launcher" in rest:
+        start = rest.index("--launcher")
+        end = rest.index("--", start) if "--" in rest[start:] else len(rest)
+        launcher, rest = rest[start + 1 : end], rest[:start] + rest[end + 1 :]
+    command = parse_command(rest)
+    if own.processes is not None and own.processes < 1:
+        raise RecipeError(f"--processes {own.processes}: at least 1", code="CFG-003")
+    if command.dry_run:
+        from quietgoose.train.plan import show_plan
+
+        show_plan(command.recipe, own.processes or 1)
+        return 0
+    from quietgoose.train.launcher import launch
+
+    return launch(Path(command.recipe.output), rest, own.processes, launcher)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    from quietgoose.launch.doctor import main as examine
+
+    return examine(argv)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    from quietgoose.launch.evaluate import main as score
+
+    return score(argv)
+
+
+def stop(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="quietgoose stop", description="Stop a run after its current step.")
+    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("--now", action="store_true", help="without saving")
+    arguments = parser.parse_args(argv)
+    _run_folder(arguments.run)
+    from quietgoose.train.stop import request_stop
+
+    request_stop(arguments.run, now=arguments.now)
+    print(f"{arguments.run}: will {'stop at once' if arguments.now else 'save and stop'} after the current step")
+    return 0
+
+
+def sync(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="quietgoose sync", description="Send MLflow what it has not got.")
+    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("--credentials", help="0600 file with token, or username and password")
+    arguments = parser.parse_args(argv)
+    _run_folder(arguments.run)
+    from quietgoose.train.tracking import sync as send
+
+    sent = send(arguments.run, print, arguments.credentials)
+    print(f"{arguments.run}: {'MLflow has everything' if sent else 'MLflow has not got everything'}")
+    return 0 if sent else int(ExitCode.ENVIRONMENT)
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "doctor": doctor, "train": train, "evaluate": evaluate, "stop": stop, "sync": sync,
+}  # fmt: skip
+
+
+def _run_folder(folder: Path) -> None:
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{folder}: no recipe.yaml there, so it is no run folder", code="CFG-005")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
+    install_excepthook()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            near = suggest(words[0], list(COMMANDS))
+            raise RecipeError(f"command '{words[0]}' is unknown; there are {', '.join(COMMANDS)}.{near}")
+        return COMMANDS[words[0]](words[1:])
+    except QuietGooseError as error:
+        return exit_with(error, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""Faults: whatever dies or lies, the newest intact checkpoint continues bit for bit (reliability.md section 2).
+
+Row numbers in names and comments are those of the fault matrix. Ranks are real processes over gloo with real ZeRO.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from quietgoose.base.errors import SecurityError
+from quietgoose.base.files import read_json
+from quietgoose.train.checkpoint import FILES, MANIFEST, STATE, verify
+from quietgoose.train.stop import read_outcome, request_stop
+
+pytestmark = pytest.mark.distributed
+STEPS = 8
+
+
+def case(run: str, strategy: str = "zero2", **more) -> dict:
+    return {"run": run, "strategy": strategy, "steps": STEPS, **more}
+
+
+def fault(point: str, rank: int, step: int, action: str = "kill", **more) -> dict:
+    return {"point": point, "rank": rank, "step": step, "action": action, **more}
+
+
+@pytest.fixture(scope="module")
+def whole(fork_server, tmp_path_factory) -> dict:
+    """The uninterrupted runs that all others must equal."""
+    from types import SimpleNamespace
+
+    import runpy
+
+    helpers = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
+    out = tmp_path_factory.mktemp("whole")
+    processes = helpers["start_ranks"](fork_server, [case(s, s) for s in ("zero0", "zero1", "zero2", "zero3")], 2, out)
+    assert [helpers["_join"](p) for p in processes] == [0, 0]
+    return {path.stem: SimpleNamespace(**read_json(path)) for path in out.glob("*.json")}
+
+
+def continues(whole, result) -> None:
+    """The continued run's losses and tensors are the uninterrupted run's, bit for bit."""
+    assert result.losses == whole.losses[result.start :]
+    assert result.norms == whole.norms[result.start :]
+    assert result.sha256 == whole.sha256
+
+
+def names(out: Path, run: str = "run") -> list[str]:
+    return sorted(path.name for path in (out / run / "checkpoints").iterdir())
+
+
+def test_r1_resume_once_twice_thrice_is_bitwise(ranks, whole) -> None:
+    cases = []
+    for strategy in ("zero0", "zero1", "zero2", "zero3"):
+        cases += [
+            case(strategy, strategy, steps=stop, every=100, name=f"{strategy}-{stop}") for stop in (2, 3, 6, STEPS)
+        ]
+    done = ranks(cases)
+    assert done.codes == [0, 0]
+    for strategy in ("zero0", "zero1", "zero2", "zero3"):
+        assert [done.results[f"{strategy}-{stop}"].start for stop in (2, 3, 6, STEPS)] == [0, 2, 3, 6]
+        continues(whole[strategy], done.results[f"{strategy}-{STEPS}"])
+
+
+KILLS = [
+    (fault("micro", 1, 4), 3, "zero2"),
+    (fault("micro", 0, 5), 3, "zero3"),
+    (fault("save.before", 1, 6), 3, "zero2"),
+    (fault("save.gathered", 1, 6), 3, "zero3"),
+    (fault("save.gathered", 0, 6), 3, "zero2"),
+    (fault("save.writing", 0, 6), 3, "zero2"),
+    (fault("save.manifest", 0, 6), 3, "zero3"),
+    (fault("save.rename", 0, 6), 3, "zero2"),
+    (fault("save.after", 0, 6), 6, "zero1"),
+    (fault("save.after", 1, 6), 6, "zero0"),
+]
+
+
+@pytest.mark.parametrize(("plan", "start", "strategy"), KILLS)
+def test_r2_r5_r6_kill_and_continue(ranks, whole, plan: dict, start: int, strategy: str) -> None:
+    killed = ranks([case("run", strategy, plan=[plan])])
+    # a survivor that is told by gloo leaves with 7; one already past its last collective may have finished its step
+    assert killed.codes[plan["rank"]] == -signal.SIGKILL
+    assert killed.codes[1 - plan["rank"]] == 7
+    assert read_outcome(killed.out / "run") == 7
+    again = ranks([case("run", strategy)])
+    assert again.codes == [0, 0]
+    assert again.results["run"].start == start
+    continues(whole[strategy], again.results["run"])
+    assert names(again.out) == ["step_00000006", "step_00000008"]
+    assert read_outcome(again.out / "run") == 0
+
+
+def damage(folder: Path, kind: str) -> None:
+    target = folder / STATE
+    if kind.startswith("flip "):
+        target = folder / kind.removeprefix("flip ")
+        data = bytearray(target.read_bytes())
+        data[len(data) * 2 // 3] ^= 0x01
+        target.write_bytes(bytes(data))
+    elif kind == "truncate":
+        os.truncate(target, target.stat().st_size - 7)
+    elif kind == "empty":
+        os.truncate(target, 0)
+    elif kind == "missing":
+        target.unlink()
+    elif kind == "extra":
+        (folder / "stray.bin").write_bytes(b"x")
+    elif kind == "link":
+        target.rename(folder.parent / "elsewhere")
+        target.symlink_to(folder.parent / "elsewhere")
+
+
+DAMAGES = [*(f"flip {name}" for name in (*FILES, MANIFEST)), "truncate", "empty", "missing", "extra", "link"]
+
+
+@pytest.fixture
+def trained(ranks, tmp_path) -> Path:
+    assert ranks([case("run", "zero2")], world=1).codes == [0]
+    return tmp_path / "run" / "checkpoints"
+
+
+def test_r8_r9_damage_is_found_and_the_older_one_continues(ranks, trained, tmp_path) -> None:
+    cases = []
+    for index, kind in enumerate(DAMAGES):
+        shutil.copytree(trained.parent, tmp_path / f"run{index}")
+        damage(tmp_path / f"run{index}" / "checkpoints" / "step_00000008", kind)
+        cases.append(case(f"run{index}"))
+    (tmp_path / "run0" / "checkpoints" / "latest").write_text("step_00000008")
+    done = ranks(cases, world=1)
+    assert done.codes == [0]
+    for index, kind in enumerate(DAMAGES):
+        result = done.results[f"run{index}"]
+        assert result.start == 6, kind
+        event = next(e for e in result.events if e["kind"] == "checkpoint_corrupt")
+        assert event["code"] == ("QG-CKPT-003" if kind.startswith("flip") and MANIFEST not in kind else event["code"])
+        assert event["code"] in ("QG-CKPT-003", "QG-CKPT-004")
+        assert "step_00000008.corrupt" in names(tmp_path, f"run{index}")
+
+
+def test_r8_explicit_step_and_required_refuse(ranks, trained, tmp_path) -> None:
+    damage(trained / "step_00000008", "flip " + STATE)
+    done = ranks([case("run", resume_step=8)], world=1)
+    assert done.codes == [4]
+    assert "QG-CKPT-003" in read_json(tmp_path / "run" / "outcome.json")["message"]
+    assert ranks([case("fresh", resume="required")], world=1).codes == [4]
+    assert "QG-CKPT-002" in read_json(tmp_path / "fresh" / "outcome.json")["message"]
+
+
+def test_s1_a_pickle_is_refused_before_anything_is_read(trained, ranks) -> None:
+    import pickle
+
+    class Canary:
+        def __reduce__(self):
+            return (os.system, (f"touch {trained / 'canary'}",))
+
+    (trained / "step_00000008" / STATE).write_bytes(pickle.dumps(Canary()))
+    with pytest.raises(SecurityError, match="QG-SEC-001"):
+        verify(trained / "step_00000008")
+    assert ranks([case("run")], world=1).codes == [4]
+    assert not (trained / "canary").exists()
+
+
+def test_changed_identity_is_refused_unless_allowed(ranks, trained, tmp_path) -> None:
+    assert ranks([case("run", recipe="other", steps=9)], world=1).codes == [4]
+    assert "recipe was 'r', is 'other'" in read_json(tmp_path / "run" / "outcome.json")["message"]
+    allowed = ranks([case("run", recipe="other", steps=9, allow=["recipe"])], world=1)
+    assert allowed.codes == [0]
+    assert allowed.results["run"].start == 8
+
+
+def test_state_of_another_model_is_refused(ranks, trained, tmp_path) -> None:
+    assert ranks([case("run", steps=9, model="plain")], world=1).codes == [4]
+    assert "QG-CKPT-004" in read_json(tmp_path / "run" / "outcome.json")["message"]
+
+
+def test_r10_a_full_disk_costs_a_save_and_three_end_the_run(ranks, whole, tmp_path) -> None:
+    once = [fault("save.writing", 0, 3, "oserror")]
+    done = ranks([case("run", plan=once), case("full", file_limit=2000, every=1)])
+    assert done.results["run"].code == 0
+    assert done.results["run"].sha256 == whole["zero2"].sha256
+    assert [e["kind"] for e in done.results["run"].events].count("checkpoint_abandoned") == 1
+    assert names(tmp_path) == ["step_00000006", "step_00000008"]
+    assert done.codes == [6, 6]
+    assert len(done.results["full"].losses) == 3
+    assert names(tmp_path, "full") == []
+
+
+@pytest.mark.parametrize(("first", "second", "world"), [("zero2", "zero3", 1), ("zero3", "zero2", 2)])
+def test_r11_other_world_size_and_stage(ranks, whole, first: str, second: str, world: int) -> None:
+    assert ranks([case("run", first, steps=4)], world=3 - world).codes == [0] * (3 - world)
+    done = ranks([case("run", second)], world=world)
+    result = done.results["run"]
+    assert result.start == 4
+    wanted = [float.fromhex(loss) for _, loss, _ in whole["zero2"].losses[4:]]
+    assert [float.fromhex(loss) for _, loss, _ in result.losses] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_r12_nan_is_skipped_by_all_and_three_in_a_row_end_the_run(ranks, tmp_path) -> None:
+    strategies = ("zero0", "zero2", "zero3")
+    once = [fault("loss", 1, 3, "nan")]
+    always = [fault("loss", 1, step, "nan") for step in (4, 5, 6)]
+    cases = [case(f"once-{s}", s, plan=once) for s in strategies]
+    cases += [case(f"always-{s}", s, plan=always) for s in strategies]
+    done = ranks(cases)
+    assert done.codes == [5, 5]
+    for strategy in strategies:
+        result = done.results[f"once-{strategy}"]
+        assert (result.code, result.applied, result.skipped) == (0, STEPS - 1, 1)
+        assert [skipped for _, _, skipped in result.losses] == [step == 3 for step in range(STEPS)]
+        reason = next(e["reason"] for e in result.events if e["kind"] == "step_skipped")
+        assert reason.startswith("step 3: not finite: rank 1: loss of a")
+        stopped = done.results[f"always-{strategy}"]
+        assert (stopped.code, stopped.skipped) == (5, 3)
+        assert "QG-NUM-001" in read_json(tmp_path / f"always-{strategy}" / "outcome.json")["message"]
+    curves = [[float.fromhex(v) for _, v, s in done.results[f"once-{s}"].losses if not s] for s in strategies]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_r14_a_hang_ends_with_stacks_and_7(ranks, tmp_path, capfd) -> None:
+    hung = ranks([case("run", hang_seconds=3, plan=[fault("micro", 1, 4, "hang")])])
+    assert hung.codes == [7, 7]
+    assert read_outcome(tmp_path / "run") == 7
+    assert "no progress for 3 s in: step 4" in capfd.readouterr().err
+
+
+def test_r20_out_of_memory_on_one_rank(ranks, tmp_path) -> None:
+    done = ranks([case("run", plan=[fault("step", 1, 4, "out_of_memory")])])
+    assert done.codes == [7, 8]
+    assert read_outcome(tmp_path / "run") == 8
+    assert "micro_rows" in read_json(tmp_path / "run" / "outcome.json")["message"]
+
+
+def test_r4_signals_and_stop_file(fork_server, ranks, whole, tmp_path) -> None:
+    """A signal in one rank saves and stops all; a stop file too; `now` does not save."""
+    plan = [fault("micro", 1, 3, "signal", signal="SIGINT")]
+    done = ranks([case("run", plan=plan, every=100)])
+    assert done.codes == [75, 75]
+    assert names(tmp_path) == ["step_00000004"]
+    outcome = read_json(tmp_path / "run" / "outcome.json")
+    assert (outcome["state"], outcome["code"]) == ("stopped", 75)
+    continues(whole["zero2"], ranks([case("run")]).results["run"])
+
+    for now, code in ((False, 75), (True, 76)):
+        import runpy
+
+        helpers = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
+        run = f"file-{code}"
+        slow = case(run, steps=500, every=1000, step_seconds=0.02)
+        processes = helpers["start_ranks"](fork_server, [slow], 2, tmp_path)
+        wait_for(lambda run=run: (tmp_path / run / "outcome.json").exists())
+        time.sleep(1.0)
+        request_stop(tmp_path / run, now=now)
+        assert [helpers["_join"](p) for p in processes] == [code, code]
+        assert (tmp_path / run / "checkpoints").exists() is not now
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)

@@ -1,0 +1,249 @@
+"""Recipes: every misspelt key, wrong value, missing file and contradiction is refused, all at once, without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from quietgoose.base.errors import RecipeError
+from quietgoose.train.agreement import own_facts, refuse_differences
+from quietgoose.train.recipe import ArmName
+from quietgoose.train.settings import (
+    differences,
+    load_recipe,
+    parse_command,
+    recipe_from_yaml,
+    recipe_hash,
+    recipe_to_yaml,
+    training_settings,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": " b"}\n')
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, rows: Path) -> Path:
+    content = {
+        "name": "test",
+        "output": str(tmp_path / "run"),
+        "stages": ["base", "experts", "gates"],
+        "data": {
+            "sequence_length": 64,
+            "base": {"path": str(rows)},
+            "experts": {"one": {"path": str(rows)}, "two": {"path": str(rows)}},
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def refused(*arguments: object) -> RecipeError:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe([str(argument) for argument in arguments])
+    return caught.value
+
+
+def test_file_then_options(recipe_file: Path, rows: Path) -> None:
+    command = parse_command([
+        "--local_rank=1", "--config", str(recipe_file), "--experts.rank", "4", "--experts.train.optimizer.lr=1e-3",
+        "--data.experts.three.path", str(rows), "--data.experts.three.limit=5", "--dry_run",
+    ])  # fmt: skip
+    recipe = command.recipe
+    assert command.dry_run
+    assert command.local_rank == 1
+    assert (recipe.name, recipe.experts.rank, recipe.experts.train.optimizer.lr) == ("test", 4, 1e-3)
+    assert list(recipe.data.experts) == ["one", "two", "three"]
+    assert recipe.data.experts["three"].limit == 5
+    assert recipe.gates.train.optimizer.lr == 5e-3, "the paper's default survives"
+
+
+def test_written_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(["--config", str(recipe_file), "--experts.train.optimizer.betas", "[0.8, 0.95]"])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe_to_yaml(recipe))
+    assert recipe_from_yaml(copy) == recipe
+    assert recipe.experts.train.optimizer.betas == (0.8, 0.95)
+
+
+def test_hash_sees_training_settings_only(recipe_file: Path, tmp_path: Path) -> None:
+    base = ["--config", str(recipe_file)]
+    plain, moved = load_recipe(base), load_recipe([*base, "--output", str(tmp_path / "x"), "--checkpoint.every=7"])
+    other = load_recipe([*base, "--experts.rank=3"])
+    assert recipe_hash(plain) == recipe_hash(moved)
+    assert recipe_hash(plain) != recipe_hash(other)
+    assert differences(training_settings(plain), training_settings(other)) == {"experts.rank": "was 16, is 3"}
+
+
+def test_misspelt_keys_all_at_once(recipe_file: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("experts:\n  rnk: 8\n  train: {optimiser: {lr: 1}}\ndata:\n  experts:\n    one: {pth: x}\n")
+    error = refused("--config", bad, "--gates.train.stps=3", "--dryrun", "--experts.rank.x=1")
+    assert error.code == "QG-CFG-001"
+    for text in (
+        "'experts.rnk'. Did you mean 'rank'?", "'experts.train.optimiser'. Did you mean 'optimizer'?",
+        "'data.experts.one.pth'. Did you mean 'path'?", "'gates.train.stps'. Did you mean 'steps'?",
+        "'--dryrun' is unknown. Did you mean 'dry_run'?", "'experts.rank' has no parts",
+    ):  # fmt: skip
+        assert text in str(error), text
+
+
+def test_wrong_values_all_at_once(recipe_file: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("experts: {rank: many}\nbase: {dtype: float16}\n")
+    error = refused("--config", recipe_file, "--config", bad, "--gates.train.steps=x")
+    assert error.code == "QG-CFG-003"
+    for text in ("experts.rank: 'many'", "base.dtype: 'float16'", "--gates.train.steps=x"):
+        assert text in str(error), text
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (["--version=2"], "CFG-002", "reads version 1"),
+        (["--experts.rank=0"], "CFG-003", "experts.rank: 0"),
+        (["--gates.train.optimizer.lr=nan"], "CFG-003", "gates.train.optimizer.lr"),
+        (["--checkpoint.keep=1"], "CFG-003", "checkpoint.keep: 1; allowed are 2"),
+        (["--stages=[gates, experts]"], "CFG-004", "the order is experts, gates"),
+        (["--stages=[experts]"], "CFG-020", "put 'base' before it"),
+        (["--stages=[base, experts, gates, evaluate]"], "CFG-026", "no tasks"),
+        (["--stages=[base, experts, gates, export]", "--router.k=3"], "CFG-009", "there are 2 experts"),
+        (["--strategy=zero22"], "CFG-010", "Did you mean 'zero2'?"),
+        (["--gates.train.strategy=zro0"], "CFG-010", "gates.train.strategy"),
+        (["--base.attention=flash_attention_2"], "CFG-010", "set base.attention: auto or sdpa"),
+        (["--data.sequence_length=512"], "CFG-008", "over base.nano.context 256"),
+        (["--base.nano.heads=3"], "CFG-012", "base.nano.width"),
+        (["--base.model=./nowhere"], "CFG-013", "no such file or folder"),
+        (["--base.model=smolm2"], "CFG-013", "Did you mean 'smollm2'?"),
+        (["--data.experts.one.path=./nowhere.jsonl"], "DATA-002", "nowhere.jsonl"),
+        (["--data.collection=./nowhere"], "DATA-002", "no such folder"),
+        (["--experts.load.mine=./nowhere"], "CFG-005", "adapter_model.safetensors"),
+        (["--experts.load.a/b=./nowhere"], "SEC-002", "a/b"),
+        (["--tracking.uri=file:///x"], "CFG-008", "file stores"),
+        (["--tracking.credentials=./nowhere"], "CFG-005", "No such file"),
+        (["--resume.mode=never", "--resume.step=5"], "CFG-008", "resume.step"),
+        (["--evaluate.arms=[phatgose]"], "CFG-003", "phatgoose"),
+    ],
+)
+def test_refused(recipe_file: Path, options: list[str], code: str, text: str) -> None:
+    error = refused("--config", recipe_file, *options)
+    assert f"QG-{code}" in str(error)
+    assert text in str(error)
+
+
+def test_every_problem_is_listed(recipe_file: Path) -> None:
+    error = refused("--config", recipe_file, "--experts.rank=0", "--strategy=x", "--base.nano.heads=3")
+    assert "4 problems" in str(error)  # the third breaks two rules
+
+
+def test_credentials_must_be_private(recipe_file: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.yaml"
+    secret.write_text("token: abcdefgh\n")
+    secret.chmod(0o644)
+    assert "chmod 600" in str(refused("--config", recipe_file, "--tracking.credentials", secret))
+    secret.chmod(0o600)
+    assert load_recipe(["--config", str(recipe_file), "--tracking.credentials", str(secret)])
+    secret.write_text("tokn: abcdefgh\n")
+    assert "either token" in str(refused("--config", recipe_file, "--tracking.credentials", secret))
+
+
+# ---------------------------------------------------------------------- S7: YAML that attacks
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("name: !!python/object/apply:os.system ['touch CANARY']\n", "line 1"),
+        ("seed: 1\nname: !custom x\n", "line 2"),
+        (BOMB, "aliases"),
+        ("seed: 1\nname: a\nseed: 2\n", "line 3: key 'seed' is given twice, first in line 1"),
+        ("experts: {rank: 1, rank: 2}\n", "line 1: key 'rank' is given twice"),
+        ("name: [" * 60 + "]" * 60, "nested deeper"),
+        ("name: 'open\n", "not YAML"),
+        ("a: &a {b: *a}\n", "alias"),
+        ("x: &x [1,1]\n" + "".join(f"k{i}: *x\n" for i in range(200)), "200 aliases"),
+    ],
+)
+def test_s7_refused_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, wanted: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(text)
+    error = refused("--config", "bad.yaml")
+    assert error.code == "QG-CFG-007"
+    assert wanted in str(error)
+    assert not (tmp_path / "CANARY").exists()
+
+
+def test_s7_huge_file_is_not_read(tmp_path: Path) -> None:
+    huge = tmp_path / "huge.yaml"
+    with huge.open("wb") as handle:
+        handle.truncate(1 << 30)
+    started = time.monotonic()
+    assert refused("--config", huge).code == "QG-CFG-007"
+    assert time.monotonic() - started < 1.0
+
+
+def test_few_aliases_are_fine(recipe_file: Path, tmp_path: Path) -> None:
+    extra = tmp_path / "extra.yaml"
+    extra.write_text("experts: {train: &t {steps: 3}}\ngates: {train: *t}\n")
+    recipe = load_recipe(["--config", str(recipe_file), "--config", str(extra)])
+    assert (recipe.experts.train.steps, recipe.gates.train.steps) == (3, 3)
+
+
+# ---------------------------------------------------------------------- no heavy imports, ranks agree
+
+
+def test_checking_imports_no_torch(recipe_file: Path) -> None:
+    code = (
+        "import sys; from quietgoose.train.settings import load_recipe; load_recipe(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'datasets'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config", str(recipe_file)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_arm_names_are_those_that_exist() -> None:
+    from quietgoose.train.arms import ARMS
+
+    assert set(get_args(ArmName)) == set(ARMS)
+
+
+def test_embedded_recipes_name_known_settings_only() -> None:
+    from quietgoose.train.recipe import Recipe
+    from quietgoose.train.safe_yaml import read_yaml
+    from quietgoose.train.settings import _unknown_keys
+
+    found = list((ROOT / "launch" / "recipes").glob("*.yaml"))
+    assert found
+    for path in found:
+        assert _unknown_keys(read_yaml(path), Recipe, "") == []
+
+
+def test_r15_ranks_that_differ_are_named(recipe_file: Path) -> None:
+    facts = own_facts(load_recipe(["--config", str(recipe_file)]))
+    refuse_differences([facts, dict(facts)])
+    other = {**facts, "recipe experts.rank": "8", "code": "deadbeef"}
+    with pytest.raises(RecipeError) as caught:
+        refuse_differences([facts, other, facts])
+    assert caught.value.code == "QG-DIST-004"
+    assert caught.value.exit_code == 2
+    assert "recipe experts.rank: 16 on rank 0, 2, 8 on rank 1" in str(caught.value)
+    assert "deadbeef on rank 1" in str(caught.value)

@@ -1,0 +1,207 @@
+"""The dry run: what a recipe would train, in which memory, for how many steps and tokens. No GPU, no weights, no data read
+but the number of rows.
+
+    deepspeed launch/train.py --config launch/recipes/smollm2_collection.yaml --dry_run
+
+Trained state per parameter: fp32 weight 4, gradient 4, AdamW's two moments 8 bytes, and under ZeRO-1 to 3 the fp32
+partition 4 that DeepSpeed keeps beside the weight. Activations without recomputation: 34 * tokens * width bytes a layer
+in 16 bit (Korthikanti et al. 2022, eq. 2 without the attention matrix, which fused attention never holds), twice that in
+fp32; with recomputation only the input of every layer. An estimate: allocator and communication buffers come on top.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import DataError
+from .checks import expert_names, trains
+from .recipe import Recipe, TrainSettings
+
+ZERO_STAGES = (0, 1, 2, 3)
+ACTIVATION_BYTES = 34
+CHECKPOINT_BYTES = 12
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One training stage. `memory` is bytes per process by ZeRO stage; `chosen` the ZeRO stage of its strategy."""
+
+    name: str
+    trainable: int
+    frozen: int
+    steps: int
+    rows: int
+    micro_batches: int
+    tokens: int
+    memory: Mapping[int, int]
+    chosen: int
+    checkpoint: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    base: str
+    parameters: int
+    sites: int
+    per_expert: int
+    experts: tuple[str, ...]
+    rows: Mapping[str, int | None]
+    stages: tuple[StagePlan, ...]
+    world: int
+
+
+def make_plan(recipe: Recipe, world: int = 1) -> Plan:
+    """Everything the dry run shows. Raises what building the base on the meta device and finding the sites raise."""
+    from ..routing.sites import AdapterLayout, GateLayout, find_sites
+    from .base_models import load_base
+
+    base = load_base(recipe.base, "cpu", meta=True)
+    parameters = sum(p.numel() for p in base.model.parameters())
+    sites = find_sites(base.model, recipe.experts.targets)
+    names = tuple(expert_names(recipe))
+    own = [name for name in names if name not in recipe.experts.load]
+    adapter = AdapterLayout.uniform(sites, recipe.experts.rank).numel
+    frozen_adapters = adapter * len(names)
+    sizes = {
+        "base": (parameters, 0, 1),
+        "experts": (adapter * len(own), parameters, len(own)),
+        "gates": (GateLayout(tuple(sites)).numel * len(names), parameters + frozen_adapters, len(names)),
+    }
+    shape = (base.model.config.num_hidden_layers, base.model.config.hidden_size)
+    stages = tuple(
+        _stage_plan(recipe, name, train, sizes[name], shape, world) for name, train in trains(recipe).items()
+    )
+    return Plan(base.id, parameters, len(sites), adapter, names, count_rows(recipe), stages, world)
+
+
+def _stage_plan(
+    recipe: Recipe, name: str, train: TrainSettings, sizes: tuple[int, int, int], shape: tuple[int, int], world: int
+) -> StagePlan:
+    from .data.loader import share_of
+    from .strategy import load_strategy
+
+    trainable, frozen, terms = sizes
+    rows = train.rows_per_expert * terms
+    share = share_of(rows, train.micro_rows, world)
+    bytes_each = 4 if name == "base" else DTYPE_BYTES[recipe.base.dtype]
+    tokens = share.rows * recipe.data.sequence_length
+    active = activation_bytes(tokens, *shape, bytes_each, train.activation_checkpointing)
+    strategy = load_strategy(train.strategy or recipe.strategy)
+    return StagePlan(
+        name=name, trainable=trainable, frozen=frozen, steps=train.steps, rows=rows, micro_batches=share.micros,
+        tokens=train.steps * rows * recipe.data.sequence_length,
+        memory={z: state_bytes(trainable, frozen * bytes_each, z, world) + active for z in ZERO_STAGES},
+        chosen=int(strategy["zero_optimization"]["stage"]), checkpoint=trainable * CHECKPOINT_BYTES,
+    )  # fmt: skip
+
+
+def state_bytes(trainable: int, frozen_bytes: int, zero: int, world: int) -> int:
+    """Weights, gradients and optimizer state of one process."""
+    if zero == 0:
+        return frozen_bytes + 16 * trainable
+    whole = {1: 8, 2: 4, 3: 0}[zero]  # bytes a parameter that every process holds
+    shared = {1: 12, 2: 16, 3: 16}[zero]  # bytes a parameter divided over the processes
+    frozen = frozen_bytes // world if zero == 3 else frozen_bytes
+    return frozen + whole * trainable + shared * trainable // world
+
+
+def activation_bytes(tokens: int, layers: int, width: int, bytes_each: int, recomputed: bool) -> int:
+    """What a forward pass keeps for its backward pass."""
+    per_layer = tokens * width * (bytes_each if recomputed else ACTIVATION_BYTES * bytes_each // 2)
+    one_layer = tokens * width * ACTIVATION_BYTES * bytes_each // 2 if recomputed else 0
+    return layers * per_layer + one_layer
+
+
+def count_rows(recipe: Recipe) -> dict[str, int | None]:
+    """Rows of every expert's source; None where only training would tell (datasets, embedded skills)."""
+    from .data.rows import FileSource, open_source
+    from .data.sources import resolve_sources
+
+    counts: dict[str, int | None] = {}
+    for name, settings in resolve_sources(recipe.data).items():
+        source = open_source(settings, name, recipe.seed)
+        counts[name] = None
+        if isinstance(source, FileSource):
+            found = _lines(source.path)
+            counts[name] = found if settings.limit is None else min(found, settings.limit)
+    return counts
+
+
+def _lines(path: Path) -> int:
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as handle:
+            return sum(1 for line in handle if line.strip())
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({error})", code="DATA-002") from error
+
+
+def show_plan(recipe: Recipe, world: int = 1) -> Plan:
+    """Print the plan as tables on stdout; returns it."""
+    from rich.console import Console
+
+    plan = make_plan(recipe, world)
+    console = Console(width=None if _terminal() else 120, highlight=False)
+    console.print(_facts(plan, recipe))
+    console.print(_stages(plan))
+    console.print(_memory(plan))
+    console.print("* the strategy of the recipe. Nothing was trained or written.")
+    return plan
+
+
+def _terminal() -> bool:
+    import sys
+
+    return sys.stdout.isatty()
+
+
+def _facts(plan: Plan, recipe: Recipe) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{recipe.name}: {', '.join(recipe.stages)} -> {recipe.output}", show_header=False)
+    table.add_row("base", f"{plan.base}, {plan.parameters:,} parameters, {recipe.base.dtype}, frozen")
+    rank = f"rank {recipe.experts.rank}, alpha {recipe.experts.alpha:g}"
+    table.add_row("adapters", f"{plan.sites} linears, {rank}, {plan.per_expert:,} parameters an expert")
+    table.add_row("experts", f"{len(plan.experts)}: {', '.join(plan.experts)}")
+    rows = ", ".join(f"{name} {count:,}" for name, count in plan.rows.items() if count is not None)
+    table.add_row("rows", rows or "counted when training starts")
+    if "evaluate" in recipe.stages:
+        table.add_row("evaluate", f"{', '.join(recipe.evaluate.arms)} on split {recipe.evaluate.split}")
+    table.add_row("processes", str(plan.world))
+    return table
+
+
+def _stages(plan: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table("stage", title="training")
+    for name in ("trainable", "frozen", "steps", "rows a step", "micro-batches", "tokens at most", "checkpoint"):
+        table.add_column(name, justify="right")
+    for stage in plan.stages:
+        table.add_row(
+            stage.name, f"{stage.trainable:,}", f"{stage.frozen:,}", f"{stage.steps:,}", str(stage.rows),
+            str(stage.micro_batches), f"{stage.tokens:,}", size(stage.checkpoint),
+        )  # fmt: skip
+    return table
+
+
+def _memory(plan: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table("stage", title="memory of one process, estimated")
+    for zero in ZERO_STAGES:
+        table.add_column(f"ZeRO-{zero}", justify="right")
+    for stage in plan.stages:
+        cells = [size(stage.memory[z]) + (" *" if z == stage.chosen else "") for z in ZERO_STAGES]
+        table.add_row(stage.name, *cells)
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
