@@ -78,7 +78,7 @@ def report(what: str, attention: str, rows: int, seconds: float, peak: float) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=12)
-    parser.add_argument("--rows", type=int, nargs="+", default=[24, 48, 96])
+    parser.add_argument("--rows", type=int, nargs="+", default=[24, 48])
     parser.add_argument("--attention", nargs="+", default=["sdpa"])
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)

@@ -16,7 +16,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -141,9 +141,9 @@ class Engine:
 
     # ------------------------------------------------------------------ one step
 
-    def step(self, batch: StepBatch, flags: Sequence[float] = ()) -> StepReport:
-        """One optimizer step over `batch`. Collective. `flags` (for example: this rank was asked to stop) are summed
-        over ranks into `self.flags`. A step with a non-finite loss or gradient changes nothing and is counted.
+    def step(self, batch: StepBatch, flags: Callable[[], Sequence[float]] = tuple) -> StepReport:
+        """One optimizer step over `batch`. Collective. `flags()` (for example: this rank was asked to stop), asked for
+        after the last backward, are summed over ranks into `self.flags`. A step with a non-finite loss or gradient changes nothing and is counted.
 
         DataError DATA-004 if no rank has a label token.
         """
@@ -158,7 +158,7 @@ class Engine:
                 f"step {batch.step}: no row of any rank has a label token; check loss_on and the data", code="DATA-004"
             )
         sums_E = self._backward(batch)
-        losses, norms = self._agree(batch, sums_E, flags)
+        losses, norms = self._agree(batch, sums_E, flags())
         rate = learning_rate(self.optimizer_settings, batch.step, self.total_steps)
         self._apply(rate, norms)
         finite = [value for value in losses.values() if math.isfinite(value)]
@@ -219,7 +219,11 @@ class Engine:
         """Which rank holds which non-finite loss or gradient. Collective; only after a bad step."""
         labels = [f"loss of {n}" for n in self.names] + [f"gradient of {n}" for n in self.group_names]
         mine = [label for label, value in zip(labels, local.tolist()) if not math.isfinite(value)]
-        parts = [f"rank {rank}: {', '.join(bad)}" for rank, bad in enumerate(distributed.gather(mine)) if bad]
+        found = distributed.gather(mine)
+        # a bad loss makes gradients bad on all ranks: name the loss alone
+        if any(label.startswith("loss") for labels in found for label in labels):
+            found = [[label for label in labels if label.startswith("loss")] for labels in found]
+        parts = [f"rank {rank}: {', '.join(labels)}" for rank, labels in enumerate(found) if labels]
         return f"step {batch.step}: not finite: {'; '.join(parts) or 'only the sum over ranks'}"
 
     def _apply(self, rate: float, norms: Mapping[str, float]) -> None:

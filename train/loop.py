@@ -60,7 +60,7 @@ def train(
             batch = data.step(step)
             stop.beat(f"step {step}")
             faults.point("step", step)
-            report = engine.step(batch, stop.flags())
+            report = engine.step(batch, stop.flags)
             for callback in callbacks:
                 callback.on_step(report)
             _guard(engine, report, callbacks)
