@@ -14,6 +14,7 @@ from pathlib import Path
 from ..base import distributed
 from ..base.errors import RecipeError
 from .recipe import Recipe
+from .redaction import redact
 from .settings import flatten, plain
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors", "tokenizers")
@@ -23,7 +24,7 @@ MOST_SHOWN = 10
 
 def own_facts(recipe: Recipe) -> dict[str, str]:
     """Every setting, the versions, and a hash of this package's code, by name."""
-    facts = {f"recipe {key}": repr(value) for key, value in flatten(plain(recipe)).items()}
+    facts = {f"recipe {key}": redact(repr(value)) for key, value in flatten(plain(recipe)).items()}
     facts |= {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
     return facts | {"version of python": platform.python_version(), "code": code_hash()}
 

@@ -48,6 +48,7 @@ FILES = (STATE, RNG, INFO, RECIPE)
 NAME = re.compile(r"step_(\d{8,})\Z")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 SPACE_FACTOR = 1.2
+SLOW_SECONDS = 20.0
 
 Event = Callable[..., None]
 
@@ -106,7 +107,10 @@ class Checkpoints:
             self.event("checkpoint_abandoned", code="QG-IO-001", step=step, reason=problem)
             return None
         self.failed_in_row = 0
-        self.event("checkpoint", step=step, path=str(path), seconds=round(time.monotonic() - started, 3))
+        seconds = round(time.monotonic() - started, 3)
+        self.event("checkpoint", step=step, path=str(path), seconds=seconds)
+        if seconds > SLOW_SECONDS:
+            self.event("checkpoint_slow", code="QG-RUN-003", seconds=seconds, reason="SIGTERM leaves 30 s in all")
         return path
 
     def _try_write(

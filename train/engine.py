@@ -143,7 +143,8 @@ class Engine:
 
     def step(self, batch: StepBatch, flags: Callable[[], Sequence[float]] = tuple) -> StepReport:
         """One optimizer step over `batch`. Collective. `flags()` (for example: this rank was asked to stop), asked for
-        after the last backward, are summed over ranks into `self.flags`. A step with a non-finite loss or gradient changes nothing and is counted.
+        after the last backward, are summed over ranks into `self.flags`. A step with a non-finite loss or gradient
+        changes nothing and is counted.
 
         DataError DATA-004 if no rank has a label token.
         """
@@ -244,12 +245,8 @@ class Engine:
 
     def _squares(self) -> Tensor:
         """This rank's share of the squared gradient norm per group, float64 [G]; the sum over ranks is the whole."""
-        partitions = self._gradient_partitions()
-        squares = [
-            sum((g.detach().float().norm().double().square() for g in parts), torch.zeros((), dtype=torch.float64))
-            for parts in partitions
-        ]
-        squares_G = torch.stack([square.to(self.device) for square in squares])
+        norms = [torch.nn.utils.get_total_norm(parts) for parts in self._gradient_partitions()]
+        squares_G = torch.stack([norm.to(self.device).double().square() for norm in norms])
         return squares_G / self.world.size if self.stage == 0 else squares_G
 
     def _gradient_partitions(self) -> list[list[Tensor]]:

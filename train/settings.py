@@ -7,6 +7,7 @@ problems are listed at once. What settings must not contradict each other is in 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -19,11 +20,11 @@ from typing import Any
 
 import yaml
 
-from ..base.errors import ExitCode, QuietGooseError, RecipeError, suggest
+from ..base.errors import QuietGooseError, RecipeError, suggest
 from .checks import check_recipe
 from .recipe import Recipe
 from .redaction import redact
-from .safe_yaml import checked_text, read_yaml
+from .safe_yaml import read_yaml
 
 OWN_OPTIONS = ("config", "print_config", "dry_run", "local_rank", "help")
 # settings that change no trained number: they may differ between a run and its continuation
@@ -49,21 +50,22 @@ def parse_command(argv: Sequence[str]) -> Command:
     """As `load_recipe`, with the options that are no settings."""
     arguments = list(argv)
     _refuse_unknown(arguments)
+    own, settings_given = _own_options().parse_known_args(arguments)
     parser = _parser()
     try:
-        namespace = parser.instantiate_classes(parser.parse_args(arguments))
+        namespace = parser.instantiate(parser.parse_args(settings_given))
     except SystemExit as stop:
         raise stop if stop.code in (0, None) else RecipeError("command line refused") from stop
     except Exception as error:
         if isinstance(error, QuietGooseError):
             raise
-        _raise(_bad_values(arguments) or [("CFG-003", _one_line(error))], error)
+        _raise(_bad_values(settings_given) or [("CFG-003", _one_line(error))], error)
     settings = {field.name: namespace[field.name] for field in dataclasses.fields(Recipe)}
     recipe = Recipe(**settings)
     problems = check_recipe(recipe)
     if problems:
         _raise(problems)
-    return Command(recipe, bool(namespace.dry_run), int(namespace.local_rank))
+    return Command(recipe, own.dry_run, own.local_rank)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -135,13 +137,20 @@ def _parser() -> Any:
     parser = ArgumentParser(
         prog="launch/train.py",
         exit_on_error=False,
-        description="Train, evaluate and export what a recipe says. Every setting of the recipe is an option.",
+        description="Train, evaluate and export what a recipe says. Every setting of the recipe is an option. "
+        "Also: --dry_run prints sizes, memory, steps and tokens, then stops; --local_rank is the launcher's.",
     )
     parser.add_argument("--config", action="config", help="a recipe (YAML); later options override it")
-    parser.add_argument("--dry_run", action="store_true", help="print sizes, memory, steps and tokens, then stop")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the DeepSpeed launcher")
     parser.add_class_arguments(Recipe)
     return parser
+
+
+def _own_options() -> argparse.ArgumentParser:
+    """Options that are no settings, so that --print_config does not print them into recipes."""
+    options = argparse.ArgumentParser(prog="launch/train.py", add_help=False, allow_abbrev=False)
+    options.add_argument("--dry_run", action="store_true")
+    options.add_argument("--local_rank", type=int, default=0)
+    return options
 
 
 def _refuse_unknown(arguments: Sequence[str]) -> None:
@@ -260,9 +269,3 @@ def _try(parse: Any, what: str) -> list[tuple[str, str]]:
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)[:400]
-
-
-__all__ = [
-    "HARMLESS", "Command", "ExitCode", "checked_text", "differences", "exit_with", "flatten", "load_recipe",
-    "parse_command", "plain", "recipe_from_yaml", "recipe_hash", "recipe_to_yaml", "training_settings",
-]  # fmt: skip

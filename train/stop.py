@@ -33,6 +33,8 @@ SAME_KEY_PRESS_SECONDS = 1.0
 GRACE_SECONDS = 28.0  # the launcher kills a rank 30 s after SIGTERM
 HANG_SECONDS = 1500.0  # below the collective timeout, so that the stacks are seen first
 POLL_SECONDS = 0.5
+IN_USE = "QG-RUN-004"
+STARTED = time.time()
 PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Socket Timeout", "Broken pipe")
 
 
@@ -61,9 +63,13 @@ class StopControl:
         self._previous: dict[int, object] = {}
 
     def install(self) -> StopControl:
-        """Take over SIGTERM, SIGINT, SIGUSR1 and start the watching thread. A stale stop file is removed."""
+        """Take over SIGTERM, SIGINT, SIGUSR1, start the watching thread, mark the run as running. Call it while
+        holding the run folder's lock. A stop file older than this process is removed."""
         if world().is_main:
-            (self.folder / STOP_FILE).unlink(missing_ok=True)
+            path = self.folder / STOP_FILE
+            if path.exists() and path.stat().st_mtime < STARTED:
+                path.unlink()
+            write_outcome(self.folder, "running", None, "", None)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._on_signal)
         threading.Thread(target=self._watch, name="quietgoose-stop", daemon=True).start()
@@ -209,7 +215,8 @@ def write_outcome(folder: Path, state: str, code: int | None, message: str, step
 
 
 def read_outcome(folder: Path) -> int:
-    """The exit code that the last start of the run deserves: a run that never wrote its end was killed (7)."""
+    """The exit code that the last start of the run deserves: one that never wrote its end was killed (7). 3 if there
+    is no outcome: the ranks never got to work."""
     path = folder / OUTCOME
     if not path.is_file():
         return int(ExitCode.ENVIRONMENT)
@@ -221,18 +228,17 @@ def run_guarded(folder: Path, main: Callable[[], None]) -> int:
     """Run `main`; turn whatever ends it into `outcome.json` and the exit code of this rank.
 
     Rank 0 writes the outcome. Another rank writes it only if it failed first and by itself, so that a loss of rank 0
-    leaves `running` behind, which `read_outcome` reports as 7.
+    leaves `running` behind, which `read_outcome` reports as 7. A folder held by another run (QG-RUN-004) is not
+    touched.
     """
     main_rank = world().is_main
-    if main_rank:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_outcome(folder, "running", None, "", None)
     try:
         main()
     except StopRequested as stopped:
         return _end(folder, "stopped", stopped, main_rank)
     except QuietGooseError as error:
-        return _end(folder, "failed", error, write=main_rank or not isinstance(error, PeerLost))
+        ours = error.code != IN_USE and (main_rank or not isinstance(error, PeerLost))
+        return _end(folder, "failed", error, write=ours)
     except torch.OutOfMemoryError as error:
         return _end(folder, "failed", _memory(error), write=True)
     except (RuntimeError, ConnectionError) as error:
@@ -241,7 +247,7 @@ def run_guarded(folder: Path, main: Callable[[], None]) -> int:
             _unexpected(folder, error)
             raise
         traceback.print_exc()
-        return _end(folder, "failed", lost, write=main_rank and read_json(folder / OUTCOME)["state"] == "running")
+        return _end(folder, "failed", lost, write=main_rank and _state(folder) == "running")
     except Exception as error:
         _unexpected(folder, error)
         raise
@@ -261,8 +267,14 @@ def _end(folder: Path, state: str, error: QuietGooseError, write: bool) -> int:
     code = int(error.exit_code)
     if write:
         write_outcome(folder, state, code, str(error), None)
+    if write or world().is_main:
         os.write(2, f"{error}\n".encode())
     return code
+
+
+def _state(folder: Path) -> str:
+    path = folder / OUTCOME
+    return read_json(path)["state"] if path.is_file() else ""
 
 
 def _unexpected(folder: Path, error: Exception) -> None:

@@ -19,6 +19,10 @@ import pytest
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 HANG_SECONDS = 100
+PRELOAD = [  # also what torch and DeepSpeed import late: 3 s a process
+    "deepspeed", "torch._dynamo", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "quietgoose.train.loop",
+]  # fmt: skip
 
 
 def free_port() -> int:
@@ -31,7 +35,7 @@ def free_port() -> int:
 def fork_server():
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "quietgoose.train.engine", "quietgoose.train.loop"])
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 
@@ -47,7 +51,7 @@ def ranks(fork_server, tmp_path: Path) -> Callable[..., SimpleNamespace]:
             path = out / f"{case.get('name', case['run'])}.json"
             if path.exists():
                 results[case.get("name", case["run"])] = SimpleNamespace(**json.loads(path.read_text()))
-        return SimpleNamespace(codes=codes, out=out, **{"results": results})
+        return SimpleNamespace(codes=codes, out=out, results=results)
 
     return start
 

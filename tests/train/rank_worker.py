@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
-
 from quietgoose.base.files import sha256_tensors
 from quietgoose.train import faults
 from quietgoose.train.checkpoint import Checkpoints
@@ -28,6 +26,7 @@ from quietgoose.train.recipe import OptimizerSettings, ResumeSettings
 from quietgoose.train.stop import StopControl, leave, run_guarded
 from quietgoose.train.strategy import load_strategy
 from quietgoose.train.types import Batch, LossTerms, StepBatch
+from torch import nn
 
 NAMES = ("a", "b", "c")
 OPTIMIZER = {"lr": 0.1, "clip": 0.05, "weight_decay": 0.1, "schedule": "cosine", "eps": 1e-2}  # eps: clipping shows
@@ -132,12 +131,15 @@ class TinyData:
 class Recorder:
     """Keeps what the loop reports."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.losses: list[list] = []
         self.norms: list[list] = []
         self.events: list[dict] = []
 
     def on_step(self, report) -> None:
+        if not self.losses:
+            (self.folder / "first_step").touch()
         self.losses.append([report.step, report.loss.hex(), report.skipped])
         self.norms.append([value.hex() for value in report.gradient_norms.values()])
 
@@ -154,13 +156,14 @@ def run_case(case: dict, out: Path) -> int:
     faults._plan.cache_clear()
     world = initialize_distributed()
     folder = out / case["run"]
-    recorder, result = Recorder(), {"world": world.size}
+    recorder, result = Recorder(folder), {"world": world.size}
     stop = StopControl(folder, hang_seconds=case.get("hang_seconds", 120), grace_seconds=case.get("grace_seconds", 28))
 
     if "file_limit" in case and world.is_main:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case["file_limit"], resource.RLIM_INFINITY))
 
     def main() -> None:
+        stop.install()
         torch.manual_seed(0)
         job = (PlainJob if case.get("model") == "plain" else BankJob)(getattr(torch, case.get("dtype", "float32")))
         data = TinyData(world.rank, world.size, len(job.names), case.get("step_seconds", 0.0))
@@ -173,7 +176,6 @@ def run_case(case: dict, out: Path) -> int:
             recipe_yaml="name: tiny\n", event=recorder.on_event,
         )  # fmt: skip
         resume = ResumeSettings(case.get("resume", "auto"), case.get("resume_step"), case.get("allow", []))
-        stop.install()
         try:
             result["start"] = train(
                 engine, data, checkpoints, [recorder], stop, case["steps"], every=case.get("every", 3), resume=resume

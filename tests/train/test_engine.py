@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from quietgoose.base.errors import RecipeError
 from quietgoose.train.recipe import OptimizerSettings
 from quietgoose.train.schedule import learning_rate
@@ -96,7 +95,7 @@ def test_groups_must_be_the_trainables_in_fp32(worker) -> None:
     with pytest.raises(RecipeError, match="3 parameters need gradients, 2 are in groups"):
         _check_groups(job, job.parameter_groups()[:2])
     job.bank.flat_b.data = job.bank.flat_b.data.bfloat16()
-    with pytest.raises(RecipeError, match="flat_b is torch.bfloat16"):
+    with pytest.raises(RecipeError, match=r"flat_b is torch\.bfloat16"):
         _check_groups(job, job.parameter_groups())
 
 

@@ -6,13 +6,14 @@ Row numbers in names and comments are those of the fault matrix. Ranks are real 
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-
 from quietgoose.base.errors import SecurityError
 from quietgoose.base.files import read_json
 from quietgoose.train.checkpoint import FILES, MANIFEST, STATE, verify
@@ -33,10 +34,6 @@ def fault(point: str, rank: int, step: int, action: str = "kill", **more) -> dic
 @pytest.fixture(scope="module")
 def whole(fork_server, tmp_path_factory) -> dict:
     """The uninterrupted runs that all others must equal."""
-    from types import SimpleNamespace
-
-    import runpy
-
     helpers = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
     out = tmp_path_factory.mktemp("whole")
     processes = helpers["start_ranks"](fork_server, [case(s, s) for s in ("zero0", "zero1", "zero2", "zero3")], 2, out)
@@ -249,14 +246,11 @@ def test_r4_signals_and_stop_file(fork_server, ranks, whole, tmp_path) -> None:
     continues(whole["zero2"], ranks([case("run")]).results["run"])
 
     for now, code in ((False, 75), (True, 76)):
-        import runpy
-
         helpers = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
         run = f"file-{code}"
-        slow = case(run, steps=500, every=1000, step_seconds=0.02)
+        slow = case(run, steps=5000, every=10_000, step_seconds=0.02)
         processes = helpers["start_ranks"](fork_server, [slow], 2, tmp_path)
-        wait_for(lambda run=run: (tmp_path / run / "outcome.json").exists())
-        time.sleep(1.0)
+        wait_for(lambda run=run: (tmp_path / run / "first_step").exists())
         request_stop(tmp_path / run, now=now)
         assert [helpers["_join"](p) for p in processes] == [code, code]
         assert (tmp_path / run / "checkpoints").exists() is not now

@@ -1,6 +1,6 @@
 """The real `deepspeed` launcher, two CPU processes: signals to the command, to its child, and the child's death.
 
-Rows R1 (no fault), R3 and R7 of reliability.md. No process may be left, whatever was signalled.
+Rows R3 and R7 of reliability.md. No process may be left, whatever was signalled.
 """
 
 from __future__ import annotations
@@ -57,10 +57,9 @@ def family(command: subprocess.Popen) -> tuple[psutil.Process, list[psutil.Proce
 def test_r3_r7_signals_to_the_launcher(tmp_path: Path, target: str) -> None:
     case = {"run": "run", "strategy": "zero2", "steps": 100_000, "every": 100_000, "step_seconds": 0.02}
     command = launch(tmp_path, case)
-    wait_for(lambda: (tmp_path / "run" / "outcome.json").exists(), tmp_path)
+    wait_for(lambda: (tmp_path / "run" / "first_step").exists(), tmp_path)
     child, ranks = family(command)
     assert len(ranks) == 2
-    time.sleep(2.0)
     if target == "command":
         command.terminate()
     else:
@@ -80,10 +79,3 @@ def test_r3_r7_signals_to_the_launcher(tmp_path: Path, target: str) -> None:
     assert (outcome["state"], outcome["code"]) == ("stopped", 75), (tmp_path / "log").read_text()[-3000:]
     (saved,) = checkpoints.iterdir()
     assert f"checkpoint of step {int(saved.name.removeprefix('step_'))} holds" in outcome["message"]
-
-
-def test_r1_two_steps_under_the_launcher(tmp_path: Path) -> None:
-    command = launch(tmp_path, {"run": "run", "strategy": "zero3", "steps": 2})
-    assert command.wait(100) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert read_outcome(tmp_path / "run") == 0
-    assert read_json(tmp_path / "run.json")["world"] == 2

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from quietgoose.base.errors import RecipeError
 from quietgoose.train.agreement import own_facts, refuse_differences
-from quietgoose.train.recipe import ArmName
+from quietgoose.train.recipe import ArmName, OptimizerSettings, SourceSettings
 from quietgoose.train.settings import (
     differences,
     load_recipe,
@@ -68,6 +68,9 @@ def test_file_then_options(recipe_file: Path, rows: Path) -> None:
     assert list(recipe.data.experts) == ["one", "two", "three"]
     assert recipe.data.experts["three"].limit == 5
     assert recipe.gates.train.optimizer.lr == 5e-3, "the paper's default survives"
+    assert isinstance(recipe.gates.train.optimizer, OptimizerSettings)
+    assert isinstance(recipe.data.base, SourceSettings)
+    assert isinstance(recipe.data.experts["three"], SourceSettings)
 
 
 def test_written_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> None:

@@ -114,8 +114,10 @@ def test_r17_bad_server_costs_a_warning(bad_server: str, tmp_path: Path, monkeyp
 def test_r17_sync_fills_in(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     missing = tmp_path / "missing"
+    missing.write_text("a file where the store's folder should be")
     said, _, _ = train(tmp_path / "run", f"sqlite:///{missing / 'mlflow.db'}", steps=20)
     assert any("QG-TRACK-002" in line for line in said)
+    missing.unlink()
     missing.mkdir()
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text(f"tracking: {{uri: 'sqlite:///{missing / 'mlflow.db'}', system_metrics: false}}\n")
@@ -176,7 +178,7 @@ def wait_for(condition: Any, seconds: float = 60.0) -> None:
 )
 def test_status_follows_the_error(tmp_path: Path, error: Exception, status: str) -> None:
     settings = TrackingSettings(enabled=False)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)):  # noqa: PT012
         with Tracker(settings, tmp_path, settings_of_run={}, name="r", main=True, say=print) as tracker:
             with tracker.stage("gates"):
                 raise error

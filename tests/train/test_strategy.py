@@ -1,0 +1,96 @@
+"""Strategy files: what DeepSpeed silently accepts is refused here; every default that matters is written out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from quietgoose.base.errors import RecipeError
+from quietgoose.train.strategy import FOLDER, check, load_strategy, merge
+
+NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+def merged(name: str, trainable: int = 10**9) -> dict:
+    return merge(load_strategy(name), micro_rows=2, micro_count=3, world_size=4, trainable=trainable)
+
+
+def test_all_files_load() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.json")) == sorted(NAMES)
+    for name in NAMES:
+        assert merged(name)["zero_optimization"]["stage"] == int(name[4])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, "unknown key 'zero_optimisation'. Did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "Did you mean 'overlap_comm'"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}}, "Did you mean 'device'"),
+        ({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}, "set train.optimizer.clip"),
+        ({"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}, "belongs to the recipe"),
+        ({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, "base.dtype"),
+        ({"zero_optimization": {"stage": 4}}, "allowed are 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": True}}, "allowed are 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}, "bool is wanted"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "unknown key"),
+    ],
+)
+def test_refusals(strategy: dict, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check(strategy, "test")
+    assert message in str(caught.value)
+
+
+def test_all_problems_at_once_and_unknown_names(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimisation": {}, "fp16": {}, "zero_optimization": {"stage": 9}}))
+    with pytest.raises(RecipeError, match=r"fp16.*stage is 9.*zero_optimisation"):
+        load_strategy(str(path))
+    with pytest.raises(RecipeError, match="Did you mean 'zero2'"):
+        load_strategy("zero22")
+    path.write_text("{")
+    with pytest.raises(RecipeError, match=r"CFG-010.*not a JSON file"):
+        load_strategy(str(path))
+
+
+def test_merged_zero2_is_golden() -> None:
+    assert merged("zero2") == {
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_partitions": True,
+            "allgather_bucket_size": 50_000_000,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "round_robin_gradients": True,
+            "parameter_alignment": False,
+            "ignore_unused_parameters": True,
+            "compute_grad_norm": False,
+            "offload_optimizer": {"device": "none", "pin_memory": True, "ratio": 1.0},
+        },
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+        "comms_logger": {"enabled": False},
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "train_batch_size": 24,
+        "gradient_clipping": 0.0,
+    }
+
+
+def test_nothing_automatic_and_small_buckets_for_small_runs() -> None:
+    for name in NAMES:
+        assert "auto" not in json.dumps(merged(name))
+        assert merged(name, trainable=1000)["zero_optimization"]["reduce_bucket_size"] == 2**16
