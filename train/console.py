@@ -143,7 +143,7 @@ class _Counter:
     def __init__(self, console: Console, what: str) -> None:
         self._console = console
         self._what = what
-        self._started = time.monotonic()
+        self._started = 0.0
         self._shown = -1e9
         self._bar: Any = None
         self._progress: Any = None
@@ -152,6 +152,7 @@ class _Counter:
         if not self._console.main:
             return
         now = time.monotonic()
+        self._started = self._started or now  # the time before the first call belongs to something else
         left = duration((now - self._started) / max(1, done) * (total - done))
         if self._console.fancy:
             self._draw(f"{part}, {left} left", done, total)

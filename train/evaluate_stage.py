@@ -21,15 +21,16 @@ from ..routing.library import ExpertLibrary
 from ..routing.model import attach
 from ..routing.routers import SiteVectors
 from ..routing.statistics import average_activation, collect, token_votes
+from . import skills
 from .arms import build_arms
 from .base_models import LoadedBase
 from .data.attention import model_inputs
 from .data.build import build_step_data
-from .recipe import EvaluateSettings, TrainSettings
+from .recipe import EvaluateSettings, Recipe, TrainSettings
 from .stages import Context, Writer, gate_sources, the_base, the_library
 
 SKILL = "skills:"
-TRACED_PROMPTS = 12
+TRACED_PROMPTS = 24
 ACTIVATION_ROWS = 32
 
 
@@ -42,11 +43,10 @@ def load_tasks(settings: EvaluateSettings, seed: int) -> list[Task]:
     tasks = [load_task(folder, settings.split, settings.limit) for folder in folders]
     for name, source in settings.tasks.items():
         if source.startswith(SKILL):
-            from . import skills
 
-            rows = skills.rows(source.removeprefix(SKILL), settings.split, seed)[: settings.limit]
-            group = "two experts" if source.endswith("mixed") else "one expert"
-            tasks.append(make_task(name, rows, group, source))
+            skill = source.removeprefix(SKILL)
+            group = "two experts" if skill == "mixed" else "one expert"
+            tasks.append(make_task(name, skills.rows(skill, settings.split, seed, settings.limit), group, source))
         else:
             tasks.append(load_task(source, settings.split, settings.limit))
     if not tasks:
@@ -72,7 +72,7 @@ def run_evaluate(context: Context) -> Writer:
         )  # fmt: skip
         attach(base.model, library, recipe.router.name, recipe.router.k, seed=recipe.seed)
         traces = [
-            trace(base, library, label, item, (), context.device)
+            trace(base, library, label, item, _needed(recipe, label, item), context.device)
             for label, item in _samples(tasks, TRACED_PROMPTS)
         ]
         routing = routing_summary(traces, library)
@@ -134,6 +134,14 @@ def routing_summary(traces: Sequence[Trace], library: ExpertLibrary) -> dict[str
         "decisive_tokens": int(decisive.sum()),
         "decisive_right": round(float(right.mean()), 4) if decisive.any() else None,
     }
+
+
+def _needed(recipe: Recipe, label: str, item: Item) -> list[str | None]:
+    """The expert every position needs, known for the procedural skills (a character is a token there)."""
+    source = recipe.evaluate.tasks.get(label.split()[0], "")
+    if recipe.base.model != "nano" or not source.startswith(SKILL):
+        return []
+    return skills.needed_experts(item.prompt, item.completion)
 
 
 def _samples(tasks: Sequence[Task], number: int) -> list[tuple[str, Item]]:

@@ -21,6 +21,7 @@ from ..evaluation.report import Trace, read_events, write_report
 from ..evaluation.tables import from_json
 from .agreement import check_agreement, own_facts
 from .checkpoint import Checkpoints
+from .console import open_log
 from .data.loader import StepData
 from .engine import Engine, initialize_distributed, shutdown
 from .evaluate_stage import run_evaluate
@@ -62,6 +63,7 @@ def run(recipe: Recipe) -> int:
     """Run the recipe's stages on this rank; returns the exit code, which `outcome.json` repeats. Collective."""
     world = initialize_distributed()
     folder = RunFolder(Path(recipe.output))
+    open_log(folder.root, world.rank)
     code = run_guarded(folder.root, lambda: _run(recipe, folder, world))
     if code == ExitCode.PEER_LOST:
         leave(code)

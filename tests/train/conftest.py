@@ -21,7 +21,8 @@ WORKER = Path(__file__).with_name("rank_worker.py")
 HANG_SECONDS = 100
 PRELOAD = [  # also what torch and DeepSpeed import late: 3 s a process
     "deepspeed", "torch._dynamo", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
-    "deepspeed.runtime.superoffload.superoffload_stage3", "quietgoose.train.loop",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "quietgoose.train.loop",
 ]  # fmt: skip
 
 
