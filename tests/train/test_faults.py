@@ -177,6 +177,22 @@ def test_state_of_another_model_is_refused(ranks, trained, tmp_path) -> None:
     assert "QG-CKPT-004" in read_json(tmp_path / "run" / "outcome.json")["message"]
 
 
+def test_retention_and_never(ranks, tmp_path) -> None:
+    """The newest `keep` stay; `never` starts anew and moves the old ones away without deleting them."""
+    first, second = (
+        case("run", every=2, keep=3, name="first"),
+        case("run", every=4, resume="never", steps=4, name="second"),
+    )
+    assert ranks([first], world=1).codes == [0]
+    assert names(tmp_path) == ["step_00000004", "step_00000006", "step_00000008"]
+    (tmp_path / "run" / "checkpoints" / "step_00000010.tmp-1-2").mkdir()
+    done = ranks([second], world=1)
+    assert done.results["second"].start == 0
+    assert names(tmp_path) == ["step_00000004"]
+    (old,) = (tmp_path / "run").glob("checkpoints.old-*")
+    assert sorted(path.name for path in old.iterdir()) == ["step_00000004", "step_00000006", "step_00000008"]
+
+
 def test_r10_a_full_disk_costs_a_save_and_three_end_the_run(ranks, whole, tmp_path) -> None:
     once = [fault("save.writing", 0, 3, "oserror")]
     done = ranks([case("run", plan=once), case("full", file_limit=2000, every=1)])
