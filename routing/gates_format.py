@@ -27,7 +27,7 @@ def save_gates(library: ExpertLibrary, path: Path) -> None:
             raise ArtifactError(f"expert {expert.name} has no gates to save; train them first", code="EXP-003")
         for site, vector in expert.gates.items():
             tensors[f"{expert.name}/{site}"] = vector.detach().float().cpu().contiguous()
-    write_atomic(path, save(tensors, metadata={"format": "pt", "kind": "phatgoose gates"}))
+    write_atomic(path, save(tensors, metadata={"format": "pt"}))
 
 
 def load_gates(path: Path, library: ExpertLibrary, sites: Sequence[Site]) -> ExpertLibrary:

@@ -124,16 +124,22 @@ def arrow_vectors(expert: Expert) -> dict[str, Tensor]:
     """Top right singular vector of B A per site, through QR of A^T and of B and one r x r SVD: never forms B A.
 
     With A^T = Q_A R_A and B = Q_B R_B: B A = Q_B (R_B R_A^T) Q_A^T, so v = Q_A times the inner right vector.
-    The sign is fixed by the largest entry (the score takes |x . v|, so it is cosmetic).
+    The sign is fixed by the largest entry (the score takes |x . v|, so it is cosmetic). Sites of one shape go together.
     """
-    vectors: dict[str, Tensor] = {}
+    shapes: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     for site, adapter in expert.adapters.items():
-        q_IR, r_A = torch.linalg.qr(adapter.a_RI.t().double())
-        r_B = torch.linalg.qr(adapter.b_OR.double(), mode="r").R
-        right = torch.linalg.svd(r_B @ r_A.t()).Vh[0]
-        vector = q_IR @ right
-        vectors[site] = (vector * vector[vector.abs().argmax()].sign()).float()
-    return vectors
+        shapes.setdefault((adapter.a_RI.shape, adapter.b_OR.shape), []).append(site)
+    vectors: dict[str, Tensor] = {}
+    for sites in shapes.values():
+        a_SIR = torch.stack([expert.adapters[site].a_RI.t() for site in sites]).double()
+        b_SOR = torch.stack([expert.adapters[site].b_OR for site in sites]).double()
+        q_SIR, r_A = torch.linalg.qr(a_SIR)
+        r_B = torch.linalg.qr(b_SOR, mode="r").R
+        right_SR = torch.linalg.svd(r_B @ r_A.mT).Vh[:, 0]
+        vectors_SI = (q_SIR @ right_SR[:, :, None]).squeeze(2)
+        signs_S1 = vectors_SI.gather(1, vectors_SI.abs().argmax(1, keepdim=True)).sign()
+        vectors |= dict(zip(sites, (vectors_SI * signs_S1).float(), strict=True))
+    return {site: vectors[site] for site in expert.adapters}
 
 
 def library_arrow_vectors(library: ExpertLibrary) -> SiteVectors:

@@ -43,7 +43,6 @@ def load_tasks(settings: EvaluateSettings, seed: int) -> list[Task]:
     tasks = [load_task(folder, settings.split, settings.limit) for folder in folders]
     for name, source in settings.tasks.items():
         if source.startswith(SKILL):
-
             skill = source.removeprefix(SKILL)
             group = "two experts" if skill == "mixed" else "one expert"
             tasks.append(make_task(name, skills.rows(skill, settings.split, seed, settings.limit), group, source))

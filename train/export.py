@@ -68,10 +68,11 @@ def export_model(
             "notes": base.notes,
         },
         "router": {"name": router.name, "k": router.k, "normalisation": "standardised dot product / sqrt(d)"},
-        "experts": {
-            expert.card.name: {"folder": f"experts/{expert.card.name}", **provenance.experts.get(expert.card.name, {})}
-            for expert in library
-        },
+        # a list: the order of the experts is part of the model (sums, ties)
+        "experts": [
+            {"name": name, "folder": f"experts/{name}", "provenance": provenance.experts.get(name, {})}
+            for name in library.names
+        ],
         "recipe": provenance.recipe,
         "versions": {
             name: importlib.metadata.version(name) for name in ("quietgoose", "torch", "transformers", "peft")
@@ -166,7 +167,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_library(folder: Path, manifest: Mapping[str, Any], sites: tuple[Site, ...]) -> ExpertLibrary:
     """All experts of an export with their gates, in the exported order."""
     experts = [
-        load_peft(inside(folder, card["folder"]), safe_name(name), sites) for name, card in manifest["experts"].items()
+        load_peft(inside(folder, card["folder"]), safe_name(card["name"]), sites) for card in manifest["experts"]
     ]
     return load_gates(folder / "gates.safetensors", ExpertLibrary(experts), sites)
 

@@ -65,8 +65,8 @@ def run(recipe: Recipe) -> int:
     folder = RunFolder(Path(recipe.output))
     open_log(folder.root, world.rank)
     code = run_guarded(folder.root, lambda: _run(recipe, folder, world))
-    if code == ExitCode.PEER_LOST:
-        leave(code)
+    if code not in (ExitCode.FINISHED, ExitCode.STOPPED_SAVED, ExitCode.STOPPED_NOT_SAVED):
+        leave(code)  # a rank that fails alone must not wait for the others in the libraries' clean-up
     shutdown()
     return code
 

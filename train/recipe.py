@@ -111,9 +111,7 @@ class ExpertSettings:
 class GateSettings:
     """PHATGOOSE, stage two; defaults are the paper's: lr 5e-3, 100 steps, constant after 6 % warm-up."""
 
-    train: TrainSettings = field(
-        default_factory=lambda: TrainSettings(steps=100, optimizer=OptimizerSettings(lr=5e-3))
-    )
+    train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=100, optimizer=OptimizerSettings(lr=5e-3)))
 
 
 @dataclass
@@ -134,7 +132,14 @@ class EvaluateSettings:
     split: str = "test"
     arms: list[ArmName] = field(
         default_factory=lambda: [
-            "base", "experts", "oracle", "random", "average_activation", "merged", "arrow", "phatgoose",
+            "base",
+            "experts",
+            "oracle",
+            "random",
+            "average_activation",
+            "merged",
+            "arrow",
+            "phatgoose",
         ]
     )
     limit: int | None = None

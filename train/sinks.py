@@ -41,7 +41,9 @@ class Sinks:
         self.tracker.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.tracker.__exit__(kind, error, trace)
 
     def say(self, text: str) -> None:

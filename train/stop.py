@@ -25,6 +25,7 @@ import torch.distributed as dist
 from ..base.distributed import world
 from ..base.errors import ExitCode, MemoryExhausted, PeerLost, QuietGooseError, StopRequested
 from ..base.files import read_json, write_atomic, write_json
+from .redaction import redact
 
 OUTCOME = "outcome.json"
 STOP_FILE = "STOP"
@@ -207,7 +208,14 @@ def _alive(process: int) -> bool:
 
 def write_outcome(folder: Path, state: str, code: int | None, message: str, step: int | None) -> None:
     """`state`: running, finished, stopped, failed. A folder that cannot be written costs a line, not the exit code."""
-    record = {"state": state, "code": code, "message": message, "step": step, "pid": os.getpid(), "rank": world().rank}
+    record = {
+        "state": state,
+        "code": code,
+        "message": redact(message),
+        "step": step,
+        "pid": os.getpid(),
+        "rank": world().rank,
+    }
     try:
         write_json(folder / OUTCOME, record)
     except OSError as error:
@@ -268,7 +276,7 @@ def _end(folder: Path, state: str, error: QuietGooseError, write: bool) -> int:
     if write:
         write_outcome(folder, state, code, str(error), None)
     if write or world().is_main:
-        os.write(2, f"{error}\n".encode())
+        os.write(2, f"{redact(str(error))}\n".encode())
     return code
 
 

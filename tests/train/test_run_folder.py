@@ -32,9 +32,14 @@ def test_a_sealed_stage_is_finished_until_its_settings_or_files_change(tmp_path:
 
 def test_a_stage_that_fails_leaves_nothing_behind_that_counts(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    with pytest.raises(ValueError), folder.staging("gates") as staging:
-        (staging / "half").write_bytes(b"x")
-        raise ValueError
+
+    def half() -> None:
+        with folder.staging("gates") as staging:
+            (staging / "half").write_bytes(b"x")
+            raise ValueError("the stage failed")
+
+    with pytest.raises(ValueError, match="the stage failed"):
+        half()
     assert not folder.result("gates").exists()
     make(folder, {})
     assert [p.name for p in folder.stage("gates").iterdir() if p.is_dir()] == ["result"]
