@@ -12,12 +12,12 @@ STAMP := $(VENV)/.installed
 .PHONY: demo install test test-all lint doctor clean
 
 demo: install
-	$(THREADS)deepspeed $(PROCESSES) launch/train.py --config launch/recipes/nano_demo.yaml
+	$(THREADS)deepspeed --log_level warning $(PROCESSES) launch/train.py --config launch/recipes/nano_demo.yaml
 
 install: $(STAMP)
 
 # DeepSpeed comes as source and imports torch in its set-up, so torch goes first and its build is not isolated.
-# The last line compiles DeepSpeed's small communication op for the CPU once, so that no run waits for it.
+# The doctor says what stops a run on this machine and leaves every package imported once.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja py-cpuinfo

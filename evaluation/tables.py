@@ -116,6 +116,18 @@ def write_results(
     return paths
 
 
+def summary(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows for a terminal: every arm, mean accuracy in per cent of every group of tasks, with intervals."""
+    groups = [group for group in dict.fromkeys(mean.group for mean in results.means) if group != ALL] or [ALL]
+    counts = {mean.group: mean.tasks for mean in results.means}
+    header = ["arm", *(f"{group} ({counts[group]} task{'s' * (counts[group] > 1)})" for group in groups)]
+    rows = []
+    for arm in results.arms:
+        means = [results.mean(arm, group) for group in groups]
+        rows.append([arm, *("" if mean is None else percent(mean.accuracy) for mean in means)])
+    return header, rows
+
+
 def gap_closed(results: Results, arm: str, group: str = ALL) -> float | None:
     """Share of the way from the baseline to the oracle; None without an oracle above the baseline."""
     ends = [results.mean(name, group) for name in (results.baseline, arm, ORACLE)]

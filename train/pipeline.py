@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from ..base import distributed
 from ..base.distributed import World
 from ..base.errors import ExitCode, QuietGooseError, StopRequested
 from ..base.files import read_json, sha256_json, write_atomic
 from ..evaluation.report import Trace, read_events, write_report
-from ..evaluation.tables import from_json
+from ..evaluation.tables import from_json, summary
 from .agreement import check_agreement, own_facts
 from .checkpoint import Checkpoints
 from .console import open_log
@@ -64,6 +65,7 @@ def run(recipe: Recipe) -> int:
     world = initialize_distributed()
     folder = RunFolder(Path(recipe.output))
     open_log(folder.root, world.rank)
+    disable_progress_bar()  # transformers' bars: the console has its own
     code = run_guarded(folder.root, lambda: _run(recipe, folder, world))
     if code not in (ExitCode.FINISHED, ExitCode.STOPPED_SAVED, ExitCode.STOPPED_NOT_SAVED):
         leave(code)  # a rank that fails alone must not wait for the others in the libraries' clean-up
@@ -94,6 +96,7 @@ def _run(recipe: Recipe, folder: RunFolder, world: World) -> None:
         for name in recipe.stages:
             _stage(STAGES[name], context, sinks, stop)
         if world.is_main:
+            show_results(recipe, folder, sinks)
             report = write_run_report(recipe, folder, context.facts)
             sinks.tracker.artifact(report)
             sinks.say(f"report: {report}")
@@ -183,6 +186,21 @@ def _train(
     engine.destroy()
     data.close()
     return trained
+
+
+def show_results(recipe: Recipe, folder: RunFolder, sinks: Sinks) -> None:
+    """The table and the routing of the `evaluate` stage on the console, if it ran."""
+    evaluated = folder.result("evaluate")
+    if "evaluate" not in recipe.stages or not (evaluated / "results.json").is_file():
+        return
+    header, rows = summary(from_json(read_json(evaluated / "results.json")))
+    sinks.table(f"{recipe.name}: accuracy, per cent [95 % interval]", header, rows)
+    routing = read_json(evaluated / "routing.json")
+    if routing["decisive_right"] is not None:
+        sinks.say(
+            f"{recipe.router.name} sends {100 * routing['decisive_right']:.1f} % of {routing['decisive_tokens']} decisive "
+            "tokens to the right expert"
+        )
 
 
 def write_run_report(recipe: Recipe, folder: RunFolder, known: Mapping[str, Any]) -> Path:

@@ -93,6 +93,17 @@ class Sinks:
     def progress(self, arm: str, done: int, total: int) -> None:
         self._count(arm, done, total)
 
+    def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
+        """A table on the console."""
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for number, name in enumerate(header):
+            table.add_column(name, justify="left" if number == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.console.show(table)
+
     def result(self, stage: str, folder: Path) -> None:
         """Tables and manifests become artifacts, weights never."""
         for name in SHARED_RESULTS if self.main else ():
