@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from quietgoose.base.errors import DataError
 from quietgoose.evaluation.tasks import find_tasks, load_task
 from quietgoose.train import skills
@@ -119,5 +118,5 @@ def test_sources_and_task_folders_hold_the_same_rows(tmp_path):
 
 @pytest.mark.parametrize(("name", "split"), [("digit", "train"), ("digits", "dev")])
 def test_unknown_names_are_errors_that_list_the_known_ones(name, split):
-    with pytest.raises(DataError, match="QG-DATA-002.*digits"):
+    with pytest.raises(DataError, match=r"QG-DATA-002.*digits"):
         skills.rows(name, split, 0)
