@@ -124,7 +124,8 @@ class RouterSettings:
 
 @dataclass
 class EvaluateSettings:
-    """`collection`/`include` or `tasks`: folders in the collection's layout. `arms`: rows of the table."""
+    """`collection`/`include` or `tasks`: folders in the collection's layout; with neither, `data.collection`.
+    `arms`: rows of the table."""
 
     collection: str | None = None
     include: list[str] = field(default_factory=list)

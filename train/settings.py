@@ -62,6 +62,8 @@ def parse_command(argv: Sequence[str]) -> Command:
         _raise(_bad_values(settings_given) or [("CFG-003", _one_line(error))], error)
     settings = {field.name: namespace[field.name] for field in dataclasses.fields(Recipe)}
     recipe = Recipe(**settings)
+    if not recipe.evaluate.tasks:  # written out here, so that what runs is what is saved
+        recipe.evaluate.collection = recipe.evaluate.collection or recipe.data.collection
     problems = check_recipe(recipe)
     if problems:
         _raise(problems)

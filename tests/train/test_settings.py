@@ -250,3 +250,22 @@ def test_r15_ranks_that_differ_are_named(recipe_file: Path) -> None:
     assert caught.value.exit_code == 2
     assert "recipe experts.rank: 16 on rank 0, 2, 8 on rank 1" in str(caught.value)
     assert "deadbeef on rank 1" in str(caught.value)
+
+
+def test_evaluation_reads_the_training_collection_unless_told_otherwise(recipe_file: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "task").mkdir(parents=True)
+        for split in ("train", "test"):
+            row = '{"prompt": "a", "completion": " b", "target": "b"}\n'
+            (tmp_path / name / "task" / f"{split}.jsonl").write_text(row)
+    command = [
+        "--config",
+        str(recipe_file),
+        "--stages",
+        "[experts,gates,evaluate]",
+        "--data.collection",
+        str(tmp_path / "one"),
+    ]
+    assert load_recipe(command).evaluate.collection == str(tmp_path / "one")
+    other = load_recipe([*command, "--evaluate.collection", str(tmp_path / "two")])
+    assert other.evaluate.collection == str(tmp_path / "two")
