@@ -262,7 +262,7 @@ def test_evaluation_reads_the_training_collection_unless_told_otherwise(recipe_f
         "--config",
         str(recipe_file),
         "--stages",
-        "[experts,gates,evaluate]",
+        "[base,experts,gates,evaluate]",
         "--data.collection",
         str(tmp_path / "one"),
     ]
