@@ -5,11 +5,14 @@ above needs DeepSpeed to talk to its peers. Callers: train/, evaluation/.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from .errors import QuietGooseError
 
 ObjectT = TypeVar("ObjectT")
 
@@ -70,6 +73,20 @@ def broadcast(value: ObjectT) -> ObjectT:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[[], ObjectT]) -> ObjectT:
+    """`action` on rank 0; its result, or the QuietGooseError it raised, on all ranks. Collective."""
+    outcome: Any = None
+    if world().is_main:
+        try:
+            outcome = action()
+        except QuietGooseError as error:
+            outcome = error
+    outcome = broadcast(outcome)
+    if isinstance(outcome, QuietGooseError):
+        raise outcome
+    return outcome
 
 
 def gather(value: ObjectT) -> list[ObjectT]:

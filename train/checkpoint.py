@@ -99,7 +99,7 @@ class Checkpoints:
         tensors = state.gather(engine)
         faults.point("save.gathered", step)
         path = self.folder / f"step_{step:08d}"
-        problem = self._on_main(engine, lambda: self._try_write(engine, step, path, tensors, generators))
+        problem = distributed.on_main(lambda: self._try_write(engine, step, path, tensors, generators))
         faults.point("save.after", step)
         if problem:
             self.failed_in_row += 1
@@ -197,28 +197,15 @@ class Checkpoints:
         ArtifactError CKPT-002 if `required` and there is none, CKPT-003/004 if `resume.step` names a bad one,
         CKPT-005 if the run's identity changed; SecurityError SEC-001 for a pickle.
         """
-        found = self._on_main(engine, lambda: self._choose(settings))
+        found = distributed.on_main(lambda: self._choose(settings))
         if found is None:
             self.event("resume", step=0, mode=settings.mode, path="")
             return 0
-        info = self._on_main(engine, lambda: self._admit(found, settings))
+        info = distributed.on_main(lambda: self._admit(found, settings))
         self._load(engine, found, int(info["applied"]))
         engine.skipped = int(info["skipped"])
         self.event("resume", step=found.step, mode=settings.mode, path=str(found.path))
         return found.step
-
-    def _on_main(self, engine: Engine, action: Callable[[], Any]) -> Any:
-        """`action` on rank 0, its result or its error on all ranks."""
-        outcome: Any = None
-        if engine.world.is_main:
-            try:
-                outcome = action()
-            except QuietGooseError as error:
-                outcome = error
-        outcome = distributed.broadcast(outcome)
-        if isinstance(outcome, QuietGooseError):
-            raise outcome
-        return outcome
 
     def _choose(self, settings: ResumeSettings) -> Found | None:
         self._clean()

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..base import distributed
 from ..base.distributed import World
-from ..base.errors import ExitCode, QuietGooseError, StopRequested
+from ..base.errors import ExitCode, StopRequested
 from ..base.files import read_json, sha256_json, write_atomic
 from ..evaluation.report import Trace, read_events, write_report
 from ..evaluation.tables import from_json, summary
@@ -76,7 +76,7 @@ def run(recipe: Recipe) -> int:
 def _run(recipe: Recipe, folder: RunFolder, world: World) -> None:
     check_agreement(own_facts(recipe))
     with ExitStack() as stack:
-        _hold(folder, world, stack)
+        distributed.on_main(lambda: stack.enter_context(held(folder)))
         if world.is_main:
             write_atomic(folder.root / "recipe.yaml", recipe_to_yaml(recipe))
         stop = StopControl(folder.root).install()
@@ -102,25 +102,12 @@ def _run(recipe: Recipe, folder: RunFolder, world: World) -> None:
             sinks.say(f"report: {report}")
 
 
-def _hold(folder: RunFolder, world: World, stack: ExitStack) -> None:
-    """Rank 0 takes the lock; if it cannot, all ranks leave with its error."""
-    problem: QuietGooseError | None = None
-    if world.is_main:
-        try:
-            stack.enter_context(held(folder))
-        except QuietGooseError as error:
-            problem = error
-    problem = distributed.broadcast(problem)
-    if problem is not None:
-        raise problem
-
-
 def _stage(stage: Stage, context: Context, sinks: Sinks, stop: StopControl) -> None:
     """One stage, unless it is sealed. Rank 0 writes the result; its failure ends all ranks."""
     if distributed.any_rank(stop.requested()):
         raise StopRequested(f"{stop.reason()}: stopped before stage '{stage.name}', nothing is lost", saved=True)
     settings = stage.settings(context.recipe)
-    if _on_main(context.world, lambda: context.folder.finished(stage.name, settings)):
+    if distributed.on_main(lambda: context.folder.finished(stage.name, settings)):
         sinks.event("stage_skipped", stage=stage.name, reason="finished before, files verified")
         return
     with sinks.stage(stage.name):
@@ -131,7 +118,7 @@ def _stage(stage: Stage, context: Context, sinks: Sinks, stop: StopControl) -> N
                 writer(staging)
             context.folder.seal(stage.name, settings)
 
-        _on_main(context.world, write)
+        distributed.on_main(write)
         sinks.result(stage.name, context.folder.result(stage.name))
 
 
@@ -217,17 +204,3 @@ def write_run_report(recipe: Recipe, folder: RunFolder, known: Mapping[str, Any]
         facts=known,
         highlight=recipe.router.name,
     )
-
-
-def _on_main(world: World, action: Any) -> Any:
-    """Rank 0's result on all ranks, or its error on all ranks."""
-    outcome: tuple[Any, QuietGooseError | None] = (None, None)
-    if world.is_main:
-        try:
-            outcome = (action(), None)
-        except QuietGooseError as error:
-            outcome = (None, error)
-    value, problem = distributed.broadcast(outcome)
-    if problem is not None:
-        raise problem
-    return value
