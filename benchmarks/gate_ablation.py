@@ -1,0 +1,161 @@
+"""Gate settings against accuracy on the validation sets: steps, rows per step, learning rate, Adam's eps, and k.
+
+    python benchmarks/gate_ablation.py --run runs/smollm2_collection --out gates.json [--k 1 2 3] [--limit 100]
+    python benchmarks/gate_ablation.py --run A --out a.json --variants '{"steps400": {"steps": 400}}'
+
+Takes the sealed experts of a run, trains gates anew for every variant (keys: steps, rows_per_expert, lr, eps) and routes
+the experts' own validation sets. Writes after every variant; prints a table with the distance to the oracle. The test
+sets are not read. One process, one device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from quietgoose.base.files import write_json
+from quietgoose.evaluation.run import evaluate
+from quietgoose.routing.gates_format import load_gates
+from quietgoose.train.arms import build_arms
+from quietgoose.train.engine import Engine, initialize_distributed
+from quietgoose.train.evaluate_stage import load_tasks
+from quietgoose.train.facts import facts
+from quietgoose.train.loop import Data
+from quietgoose.train.recipe import Recipe
+from quietgoose.train.run_folder import RunFolder
+from quietgoose.train.settings import recipe_from_yaml
+from quietgoose.train.stages import Context, run_gates, the_base, the_library, trained_sources
+from quietgoose.train.strategy import load_strategy
+
+VARIANTS: dict[str, dict[str, float]] = {
+    "recipe": {},
+    "eps1e-2_lr5e-2": {"eps": 1e-2, "lr": 5e-2},
+    "eps1e-3_lr2e-2": {"eps": 1e-3, "lr": 2e-2},
+    "rows16": {"rows_per_expert": 16},
+    "steps30": {"steps": 30},
+    "steps400": {"steps": 400},
+}
+
+
+def with_variant(recipe: Recipe, change: dict[str, float]) -> Recipe:
+    """The recipe with other gate settings."""
+    train = recipe.gates.train
+    known = {"steps", "rows_per_expert", "lr", "eps"}
+    if set(change) - known:
+        raise SystemExit(f"--variants: unknown key {sorted(set(change) - known)[0]!r}; allowed: {sorted(known)}")
+    optimizer = dataclasses.replace(
+        train.optimizer, lr=change.get("lr", train.optimizer.lr), eps=change.get("eps", train.optimizer.eps)
+    )
+    changed = dataclasses.replace(
+        train,
+        steps=int(change.get("steps", train.steps)),
+        rows_per_expert=int(change.get("rows_per_expert", train.rows_per_expert)),
+        optimizer=optimizer,
+    )
+    return dataclasses.replace(recipe, gates=dataclasses.replace(recipe.gates, train=changed))
+
+
+def fit(recipe: Recipe, device: torch.device, job: Any, data: Data, settings: Any, losses: list[float]) -> Any:
+    """The gates of one variant, without checkpoints."""
+    job.to(device)
+    engine = Engine(
+        job, job.parameter_groups(), settings.optimizer, settings.steps, data.micro_count,  # type: ignore[attr-defined]
+        load_strategy(settings.strategy or recipe.strategy), data.names, device, micro_rows=data.share.rows,  # type: ignore[attr-defined]
+    )  # fmt: skip
+    for step in range(settings.steps):
+        losses.append(float(engine.step(data.step(step)).loss))
+    trained = engine.trainable()
+    engine.destroy()
+    return trained
+
+
+def context_of(recipe: Recipe, run: Path, device: torch.device, world: Any, losses: list[float]) -> Context:
+    return Context(
+        recipe=recipe,
+        folder=RunFolder(run),
+        device=device,
+        world=world,
+        train=lambda stage, job, data, settings, sha: fit(recipe, device, job, data, settings, losses),
+        event=lambda *args, **fields: None,
+        progress=lambda *args: None,
+        facts={},
+    )
+
+
+def score(context: Context, gates: Path, tasks: list[Any], ks: list[int], with_oracle: bool) -> dict[str, Any]:
+    """Arm -> macro mean and accuracy by task, on the tasks given."""
+    base = the_base(context, "evaluate")
+    library = load_gates(gates, the_library(context, base, "evaluate", gates=False), the_sites(base))
+    arms: dict[str, Any] = {}
+    limited: dict[str, Any] = {}
+    for k in ks:
+        made, _ = build_arms(["phatgoose"], base.model, library, tasks, k, 0, dict)
+        arms[f"k{k}"] = made["phatgoose"]
+    if with_oracle:
+        made, limited = build_arms(["oracle"], base.model, library, tasks, 1, 0, dict)
+        arms |= made
+    settings = context.recipe.evaluate
+    with torch.inference_mode():
+        results = evaluate(
+            base.model, base.tokenizer, tasks, arms, device=context.device, batch_tokens=settings.batch_tokens,
+            max_new_tokens=settings.max_new_tokens, bootstrap=50, baseline=next(iter(arms)), arm_tasks=limited,
+        )  # fmt: skip
+    table: dict[str, dict[str, float]] = {arm: {} for arm in arms}
+    for cell in results.cells:
+        table[cell.arm][cell.task] = round(100 * cell.accuracy.value, 1)
+    return {arm: {"mean": round(sum(row.values()) / len(row), 2), "tasks": row} for arm, row in table.items()}
+
+
+def the_sites(base: Any) -> tuple[Any, ...]:
+    from quietgoose.routing.sites import find_sites
+
+    return tuple(find_sites(base.model, ["all-linear"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="a run folder whose experts stage is finished")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variants", type=json.loads, default=VARIANTS)
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--limit", type=int, default=100, help="items of every validation set")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further variant after this long")
+    options = parser.parse_args()
+    start = time.monotonic()
+    world = initialize_distributed()
+    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    recipe = recipe_from_yaml(options.run / "recipe.yaml")
+    names = list(trained_sources(recipe))
+    wanted = names if recipe.evaluate.collection else []
+    held_out = dataclasses.replace(recipe.evaluate, split="validation", limit=options.limit, include=wanted)
+    tasks = [task for task in load_tasks(held_out, recipe.seed) if task.name in names]
+    report: dict[str, Any] = {"facts": facts(), "limit": options.limit, "variants": {}}
+    for name, change in options.variants.items():
+        if time.monotonic() - start > options.seconds:
+            break
+        changed, losses = with_variant(recipe, change), []
+        context = context_of(changed, options.run, device, world, losses)
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.monotonic()
+            run_gates(context)(Path(folder))
+            trained_seconds = time.monotonic() - begin
+            rows = score(context, Path(folder) / "gates.safetensors", tasks, options.k, not report["variants"])
+        report["variants"][name] = {
+            "settings": {**change}, "seconds": round(trained_seconds, 1), "loss": [round(x, 4) for x in losses[::10]], **rows,
+        }  # fmt: skip
+        write_json(options.out, report)
+        means = {arm: row["mean"] for arm, row in rows.items()}
+        print(f"{time.monotonic() - start:6.1f} s  {name:16s} {trained_seconds:5.1f} s  {means}", flush=True)
+    with suppress(Exception):
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

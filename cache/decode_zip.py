@@ -1,0 +1,56 @@
+"""ZipCache in a captured decode step: write and attend are in the graph, flushes and counting on the host between.
+
+One step, all layers: the tail lengths grow by one (a single launch), each layer writes its key and value to the last
+slot and attends over arenas and tail (three launches). Every decoded column counts as a token, so no validity is
+written: slots beyond the tail's length are valid beforehand (cache/tail.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.errors import RecipeError
+from .decode_append import write_last
+
+
+class ZipDecodable:
+    """Adapter of a filled ZipCache to decode_step.Decodable."""
+
+    def __init__(self, cache: Any) -> None:
+        states = [getattr(layer, "state", None) for layer in cache.layers]
+        missing = [index for index, state in enumerate(states) if state is None]
+        if missing:
+            raise RecipeError(
+                f"compile_decode: layers {missing[:4]} of the cache hold no packed state. Every layer must be a "
+                "full-attention layer of a ZipCache that has seen a prompt; for other models use model.generate",
+                code="CFG-048",
+            )
+        self.states: list[Any] = states
+        self.num_layers = len(states)
+
+    def before_step(self) -> bool:
+        """Flush the layers whose window is full; True when any did (growing arenas move)."""
+        flushed = [state.prepare(1) for state in self.states]
+        return any(flushed)
+
+    def enter_step(self) -> None:
+        torch._foreach_add_([state.tail.length for state in self.states], 1)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        state = self.states[layer]
+        write_last(key, value, state.tail.key, state.tail.value, state.tail.length)
+        return state.attend(query, scaling=scaling).transpose(1, 2)
+
+    def after_step(self) -> None:
+        for state in self.states:
+            state.advance(1)
+
+    def signature(self) -> Hashable:
+        addresses = tuple(t.data_ptr() for state in self.states for t in state.static_tensors())
+        # a fork that has flushed reads its parent and its own store in two calls instead of one
+        paths = tuple((len(s.history.segments), s.history.store.columns > 0) for s in self.states if s.history.segments)
+        return addresses, paths

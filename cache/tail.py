@@ -1,0 +1,202 @@
+"""The 16-bit tail of one layer: sinks in the first slots, then a window of the most recent columns, and their saliency.
+
+Slot s < sinks holds a row's s-th valid token once that token has left the window (valid = 0 until then: rows that begin
+with padding fill their sinks later). Slot sinks + j is column base + j for all rows. Beyond `used` every slot's valid
+flag is 1, so that a step without padding writes keys and values only. The window's length lives on the device (kernels
+read it, graphs replay it) and is mirrored on the host (it is the same for all rows).
+
+Evidence of a slot: `total` attention from `count` probe rows. Decoded tokens are all probes; what is here counts only the
+rows before `decode_from`, the others follow from the slots themselves when the window is flushed. Caller: cache/state.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels.cached_attention import MAX_QUERY, SaliencyBuffers, Tail
+from .policy import Policy
+from .store import Shape
+
+
+class TailWindow:
+    """Tail, saliency buffers (None where the policy needs none) and the host mirror of the length."""
+
+    def __init__(self, policy: Policy, shape: Shape, batch: int, device: torch.device) -> None:
+        self.policy, self.shape = policy, shape
+        self.sinks = policy.sink_tokens
+        width, heads = policy.tail_slots, shape.kv_heads
+        self.tail = Tail(
+            key=torch.zeros(batch, heads, width, shape.head_dim, dtype=shape.dtype, device=device),
+            value=torch.zeros(batch, heads, width, shape.head_dim, dtype=shape.dtype, device=device),
+            valid=torch.ones(batch, width, dtype=torch.uint8, device=device),
+            length=torch.full((1,), self.sinks, dtype=torch.int32, device=device),
+        )
+        self.buffers: SaliencyBuffers | None = None
+        self.count: Tensor | None = None
+        if policy.uses_attention:
+            self.buffers = SaliencyBuffers(
+                total=torch.zeros(batch, heads, width, dtype=torch.float32, device=device),
+                pending=torch.zeros(batch, heads, MAX_QUERY, width, dtype=torch.float32, device=device),
+                accepted=torch.zeros(1, dtype=torch.int32, device=device),
+            )
+            self.count = torch.zeros(batch, width, dtype=torch.float32, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        """No tokens, no evidence."""
+        self.tail.valid[:, : self.sinks] = 0
+        self.decode_from = self.sinks
+        self.evident = False  # does any evidence exist?
+        self.set_used(self.sinks)
+        self.tail.valid[:, self.sinks :] = 1
+        if self.buffers is not None and self.count is not None:
+            for tensor in (self.buffers.total, self.buffers.pending, self.buffers.accepted, self.count):
+                tensor.zero_()
+
+    @property
+    def columns(self) -> int:
+        """Columns in the window."""
+        return self.used - self.sinks
+
+    @property
+    def window(self) -> slice:
+        return slice(self.sinks, self.used)
+
+    def set_used(self, used: int) -> None:
+        self.used = used
+        self.tail.length.fill_(used)
+
+    # tokens ----------------------------------------------------------------------------------------------------
+
+    def write(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+        """Device work of an append: q tokens [B,Hk,q,D] at the device's length, which grows. Capturable."""
+        queries = key.shape[2]
+        if queries == 1 and key.is_cuda and valid is None:
+            from .decode_append import write_last
+
+            self.tail.length.add_(1)
+            write_last(key, value, self.tail.key, self.tail.value, self.tail.length)
+            return
+        slots = self.tail.length.long() + torch.arange(queries, device=key.device)
+        self.tail.key.index_copy_(2, slots, key)
+        self.tail.value.index_copy_(2, slots, value)
+        if valid is not None:
+            self.tail.valid.index_copy_(1, slots, valid.to(torch.uint8))
+        self.tail.length.add_(queries)
+
+    def drop(self, columns: int, rejected: int) -> None:
+        """Forget the last `columns` of the window; the last `rejected` queries no longer count as probes."""
+        self.set_used(self.used - columns)
+        self.decode_from = min(self.decode_from, self.used)
+        self.tail.valid[:, self.used :] = 1
+        if self.buffers is not None and self.count is not None:
+            self.buffers.accepted.sub_(rejected).clamp_(min=0)
+            self.buffers.total[:, :, self.used :] = 0
+            self.count[:, self.used :] = 0
+
+    def keep_last(self, columns: int) -> None:
+        """A flush: the last `columns` of the window become its first, with the evidence that they have."""
+        source = slice(self.used - columns, self.used)
+        key, value = self.tail.key[:, :, source].clone(), self.tail.value[:, :, source].clone()
+        valid = self.tail.valid[:, source].bool()
+        evidence = None
+        if self.buffers is not None:
+            total, count = self.evidence()
+            first = self.columns - columns
+            evidence = (total[:, :, first:], count[:, first:])
+        self.refill(key, value, valid, evidence)
+
+    def refill(self, key: Tensor, value: Tensor, valid: Tensor, evidence: tuple[Tensor, Tensor] | None) -> None:
+        """The window becomes these columns: key, value [B,Hk,m,D], valid bool [B,m], evidence ([B,Hk,m], [B,m])."""
+        self.set_used(self.sinks + key.shape[2])
+        self.decode_from = self.used
+        self.tail.key[:, :, self.window] = key
+        self.tail.value[:, :, self.window] = value
+        self.tail.valid[:, self.window] = valid.to(torch.uint8)
+        self.tail.valid[:, self.used :] = 1
+        if self.buffers is not None and self.count is not None:
+            for tensor in (self.buffers.total, self.count, self.buffers.accepted, self.buffers.pending):
+                tensor.zero_()
+            if evidence is not None:
+                self.buffers.total[:, :, self.window] = evidence[0]
+                self.count[:, self.window] = evidence[1]
+
+    def fill_sinks(self, key: Tensor, value: Tensor, rank: Tensor, leaving: Tensor) -> None:
+        """Tokens [B,Hk,m,D] of rank < sinks among their row's valid ones move to their slots; no synchronisation.
+
+        rank int64 [B,m]; leaving bool [B,m]: valid columns that leave the window now.
+        """
+        if self.sinks == 0 or key.shape[2] == 0:
+            return
+        batch, width = rank.shape
+        slot = torch.where(leaving & (rank < self.sinks), rank, self.sinks)  # one more slot takes the others
+        source = torch.full((batch, self.sinks + 1), -1, dtype=torch.int64, device=rank.device)
+        source.scatter_(1, slot, torch.arange(width, device=rank.device).expand(batch, -1))
+        source = source[:, : self.sinks]
+        found = source >= 0
+        index = source.clamp(min=0)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        for tensor, new in ((self.tail.key, key), (self.tail.value, value)):
+            old = tensor[:, :, : self.sinks]
+            tensor[:, :, : self.sinks] = torch.where(found[:, None, :, None], new.gather(2, index), old)
+        self.tail.valid[:, : self.sinks] |= found.to(torch.uint8)
+
+    def drop_sinks(self, valid_columns: Tensor) -> None:
+        """After a crop: sinks of rank >= valid_columns int [B] are no longer there."""
+        if self.sinks:
+            ranks = torch.arange(self.sinks, device=valid_columns.device)
+            self.tail.valid[:, : self.sinks] &= (ranks < valid_columns.unsqueeze(1)).to(torch.uint8)
+
+    # evidence --------------------------------------------------------------------------------------------------
+
+    def evidence(self) -> tuple[Tensor, Tensor]:
+        """(total fp32 [B, Hk, columns], count fp32 [B, columns]) of the window, accepted queries included."""
+        assert self.buffers is not None
+        assert self.count is not None
+        counted = torch.arange(MAX_QUERY, device=self.count.device) < self.buffers.accepted
+        pending = torch.where(counted[:, None], self.buffers.pending[..., self.window], 0.0).sum(2)
+        total = self.buffers.total[:, :, self.window] + pending
+        decoded = self.tail.valid[:, self.window].float()
+        decoded[:, : self.decode_from - self.sinks] = 0
+        seen_by = decoded.flip(1).cumsum(1).flip(1)
+        return total, self.count[:, self.window] + seen_by
+
+    # rows and tensors --------------------------------------------------------------------------------------------
+
+    def select(self, index: Tensor) -> None:
+        """Row i becomes row index[i]; in place if the number of rows stays."""
+        self._replace(lambda tensor: tensor.index_select(0, index), in_place=index.shape[0] == self.tail.valid.shape[0])
+
+    def copy_from(self, other: TailWindow, index: Tensor) -> None:
+        """Take rows index of another window with the same policy: tokens, evidence, host mirrors."""
+        theirs = other.tensors()
+        for name, tensor in self.tensors().items():
+            per_row = name not in ("tail.length", "saliency.accepted")
+            tensor.copy_(theirs[name].index_select(0, index) if per_row else theirs[name])
+        self.used, self.decode_from, self.evident = other.used, other.decode_from, other.evident
+
+    def to(self, device: torch.device) -> None:
+        self._replace(lambda tensor: tensor.to(device), in_place=False, shared=True)
+
+    def _replace(self, change: Callable[[Tensor], Tensor], *, in_place: bool, shared: bool = False) -> None:
+        def new(tensor: Tensor, per_row: bool = True) -> Tensor:
+            if not per_row and not shared:
+                return tensor
+            return tensor.copy_(change(tensor)) if in_place else change(tensor)
+
+        tail, buffers = self.tail, self.buffers
+        self.tail = Tail(new(tail.key), new(tail.value), new(tail.valid), new(tail.length, per_row=False))
+        if buffers is not None and self.count is not None:
+            accepted = new(buffers.accepted, per_row=False)
+            self.buffers = SaliencyBuffers(new(buffers.total), new(buffers.pending), accepted)
+            self.count = new(self.count)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, all slots."""
+        found = {f"tail.{name}": tensor for name, tensor in vars(self.tail).items()}
+        if self.buffers is not None and self.count is not None:
+            found |= {f"saliency.{name}": tensor for name, tensor in vars(self.buffers).items()}
+            found["saliency.count"] = self.count
+        return found

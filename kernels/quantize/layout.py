@@ -1,0 +1,111 @@
+"""Where packed keys and values lie: the arena, its blocks, and the shapes that are supported.
+
+An arena holds tokens of one precision for every (row, KV head), in position order. A *block* is at most BLOCK
+consecutive slots written by one call of `append_packed`; it owns the channel parameters of keys and the channel scale
+of values and is never reopened. Rows have their own lengths (padding is never stored); all heads of a row are equally
+long. Which slot is which position follows from the precision bitmap that cache/ keeps: rank in the bitmap = slot.
+
+    key   = key_scale * u + key_min                                  per block and channel
+    value = value_channel * (value_scale * u + value_min)            c per block and channel; scale, min per slot
+
+Codes are planar along the head dimension: 4-bit byte j holds channel j (low nibble) and j + D/2; 2-bit byte j holds
+channels j, j + D/4, j + D/2, j + 3D/4 from low bits to high. Readers: kernels/cached_attention, cache/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # slots of a block at most
+BITS = (2, 4, 16)
+PARAMETER_DTYPE = torch.float16
+MODEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class UnsupportedShape(ValueError):
+    """A shape, dtype or bit width that the kernels do not take; the message says which they take."""
+
+
+@dataclass(frozen=True)
+class PackedArena:
+    """Packed keys and values of one layer in one precision; C slots and N blocks of capacity.
+
+    Tensors are updated in place; the dataclass itself never changes. Memory past a row's length is undefined: readers
+    mask it, they never multiply by zero.
+    """
+
+    bits: int  # 2, 4 or 16 (16: codes are the values themselves in the model's dtype, parameters have size 0)
+    key_codes: Tensor  # uint8 [B, Hk, C, D * bits // 8]
+    value_codes: Tensor  # uint8 [B, Hk, C, D * bits // 8]
+    value_scale: Tensor  # fp16 [B, Hk, C]
+    value_min: Tensor  # fp16 [B, Hk, C]
+    key_scale: Tensor  # fp16 [B, Hk, N, D]
+    key_min: Tensor  # fp16 [B, Hk, N, D]
+    value_channel: Tensor  # fp16 [B, Hk, N, D]; 0 marks a channel that is zero throughout the block
+    block_start: Tensor  # int32 [B, N + 1]; block i = slots [start_i, start_i+1); past num_blocks: the row's length
+    num_blocks: Tensor  # int32 [B]
+
+    @property
+    def head_dim(self) -> int:
+        return self.key_codes.shape[3] if self.bits == 16 else self.key_codes.shape[3] * 8 // self.bits
+
+    @property
+    def capacity(self) -> int:
+        """Slots, used or not."""
+        return self.key_codes.shape[2]
+
+    @property
+    def block_capacity(self) -> int:
+        return self.block_start.shape[1] - 1
+
+    def lengths(self) -> Tensor:
+        """Slots in use, int32 [B], a fresh tensor on the arena's device; no synchronisation."""
+        return self.block_start.gather(1, self.num_blocks.long().unsqueeze(1)).squeeze(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by field name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+def empty_arena(
+    bits: int,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    blocks: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> PackedArena:
+    """An arena without tokens. `dtype` is the model's: the dtype of the codes at 16 bits, otherwise not used."""
+    check_bits(bits, head_dim)
+    lossless = bits == 16
+    width, code_dtype = (head_dim, dtype) if lossless else (head_dim * bits // 8, torch.uint8)
+    slots, groups = (0, 0) if lossless else (capacity, blocks)
+
+    def parameters(*shape: int) -> Tensor:
+        return torch.zeros(batch, kv_heads, *shape, dtype=PARAMETER_DTYPE, device=device)
+
+    return PackedArena(
+        bits=bits,
+        key_codes=torch.zeros(batch, kv_heads, capacity, width, dtype=code_dtype, device=device),
+        value_codes=torch.zeros(batch, kv_heads, capacity, width, dtype=code_dtype, device=device),
+        value_scale=parameters(slots),
+        value_min=parameters(slots),
+        key_scale=parameters(groups, head_dim),
+        key_min=parameters(groups, head_dim),
+        value_channel=parameters(groups, head_dim),
+        block_start=torch.zeros(batch, blocks + 1, dtype=torch.int32, device=device),
+        num_blocks=torch.zeros(batch, dtype=torch.int32, device=device),
+    )
+
+
+def check_bits(bits: int, head_dim: int) -> None:
+    """Raise UnsupportedShape unless codes of this width can be laid out planar over head_dim channels."""
+    if bits not in BITS:
+        raise UnsupportedShape(f"bits = {bits}: supported are 2, 4 and 16 (16 stores the values as they are)")
+    if bits != 16 and head_dim % (8 // bits):
+        raise UnsupportedShape(f"head_dim = {head_dim} with {bits} bits: it must be a multiple of {8 // bits}")

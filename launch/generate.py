@@ -1,0 +1,291 @@
+"""Generate text from an exported model or any Hugging Face folder, with the KV cache of your choice:
+
+    python launch/generate.py --model runs/nano_demo/export --prompt "Once" --kv-cache zipcache --kv-policy quality
+    python launch/generate.py --model FOLDER --prompts prompts.jsonl --kv-cache dynamic --json
+
+A line of prompts.jsonl is {"prompt": "..."}. Text streams as it is made; tokens a second and the bytes of the cache
+follow on stderr. Only safetensors are read and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import auto_cli
+from quietgoose.base.errors import DataError, QuietGooseError, RecipeError
+
+KVCache = Literal["zipcache", "dynamic", "static"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one prompt is to become."""
+
+    kv_cache: str
+    policy: str
+    max_new_tokens: int
+    temperature: float
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one prompt became; `cache_bytes` are those in use at the end, all rows together."""
+
+    prompt: str
+    texts: list[str]
+    new_tokens: int
+    seconds: float
+    cache_bytes: int
+    cache_tokens: int
+    cache: str
+
+    def to_dict(self) -> dict[str, Any]:
+        speed = {"tokens_per_second": self.new_tokens / self.seconds if self.seconds else 0.0}
+        return vars(self) | speed
+
+
+def generate(
+    model: str,
+    prompt: str | None = None,
+    prompts: str | None = None,
+    kv_cache: KVCache = "zipcache",
+    kv_policy: str = "quality",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    num_return_sequences: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    json: bool = False,
+) -> None:
+    """Generate text.
+
+    Args:
+        model: an exported folder (quietgoose.json stands in it), or a folder in Hugging Face format
+        prompt: the text to continue
+        prompts: a JSONL file with a prompt in every line, instead of --prompt
+        kv_cache: zipcache (quantised), dynamic (16 bit, grows) or static (16 bit, allocated at once)
+        kv_policy: preset of zipcache: default, paper, quality, small or lossless
+        max_new_tokens: new tokens of a continuation at most
+        temperature: 0 is greedy
+        num_return_sequences: continuations of every prompt; more than one needs a temperature
+        seed: of the sampling
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: of the weights; auto is what an export says, otherwise bfloat16 on a GPU and float32 on a CPU
+        json: print one JSON object for all prompts instead of text
+    """
+    wanted = _checked(kv_cache, kv_policy, max_new_tokens, temperature, num_return_sequences)
+    texts = _read_prompts(prompt, prompts)
+    where = _device(device)
+    loaded, tokenizer = _load(model, where, dtype)
+    import torch
+
+    torch.manual_seed(seed)
+    answers = []
+    for text in texts:
+        answer = _continue(loaded, tokenizer, text, wanted, stream=not json)
+        answers.append(answer)
+        if not json:
+            _print_facts(answer)
+    if json:
+        print(_json({"model": model, "device": where, "seed": seed, "answers": [a.to_dict() for a in answers]}))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or that of the error, whose text goes to stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        auto_cli(generate, args=_options(arguments), as_positional=False)
+    except QuietGooseError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    return 0
+
+
+def _options(words: list[str]) -> list[str]:
+    """Our options as jsonargparse knows them: --kv-cache is --kv_cache, a bare --json is --json=true."""
+    names = inspect.signature(generate).parameters
+    found = []
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if word.startswith("--") and name in names:
+            word = f"--{name}{equals}{value}" if name != "json" or equals else "--json=true"
+        found.append(word)
+    return found
+
+
+def _checked(kv_cache: str, policy: str, new_tokens: int, temperature: float, sequences: int) -> Request:
+    if new_tokens < 1:
+        raise RecipeError(f"--max-new-tokens {new_tokens}: at least 1", code="CFG-080")
+    if not 0.0 <= temperature <= 100.0:
+        raise RecipeError(f"--temperature {temperature}: 0 (greedy) to 100", code="CFG-080")
+    if sequences < 1:
+        raise RecipeError(f"--num-return-sequences {sequences}: at least 1", code="CFG-080")
+    if sequences > 1 and temperature == 0.0:
+        raise RecipeError(
+            f"--num-return-sequences {sequences} with --temperature 0: greedy continuations are all the same; set a "
+            "temperature, for example 0.8",
+            code="CFG-080",
+        )
+    if kv_cache == "zipcache":
+        from quietgoose.cache.policy import resolve_policy
+
+        resolve_policy(policy)
+    return Request(kv_cache, policy, new_tokens, temperature, sequences)
+
+
+def _read_prompts(prompt: str | None, file: str | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise RecipeError("give exactly one of --prompt TEXT and --prompts FILE.jsonl", code="CFG-081")
+    if prompt is not None:
+        return [prompt]
+    path = Path(str(file))
+    if not path.is_file():
+        raise DataError(f"--prompts {file}: no such file", code="DATA-030")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            found.append(_prompt_of(line, f"{file}:{number}"))
+    if not found:
+        raise DataError(f"--prompts {file}: no line in it", code="DATA-030")
+    return found
+
+
+def _prompt_of(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: no JSON ({error})", code="DATA-031") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise DataError(f'{place}: a line is {{"prompt": "text"}}', code="DATA-031")
+    return row["prompt"]
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError as error:
+        raise RecipeError(f"--device {wanted}: allowed are auto, cpu, cuda, cuda:1, ...", code="CFG-082") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"--device {wanted}: there is no GPU that PyTorch sees; use cpu", code="CFG-082")
+    return wanted
+
+
+def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """(model in eval mode on the device, tokenizer)."""
+    import torch
+
+    folder = Path(model).expanduser()
+    if (folder / "quietgoose.json").is_file():
+        from quietgoose.train.export import load, load_tokenizer
+
+        loaded, tokenizer = load(folder, device=device), load_tokenizer(folder)
+        return (loaded if dtype == "auto" else loaded.to(getattr(torch, dtype))).eval(), tokenizer
+    if not folder.is_dir():
+        raise RecipeError(f"--model {model}: no such folder; an export or a Hugging Face folder", code="CFG-083")
+    from quietgoose.train.base_models import load_base
+    from quietgoose.train.recipe import BaseSettings
+
+    chosen = dtype if dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    base = load_base(BaseSettings(model=str(folder), dtype=chosen, attention="sdpa"), device)  # type: ignore[arg-type]
+    return base.model, base.tokenizer
+
+
+def _continue(model: Any, tokenizer: Any, prompt: str, wanted: Request, *, stream: bool) -> Answer:
+    import torch
+    from transformers import TextStreamer
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids = inputs["input_ids"]
+    if ids.shape[1] == 0:
+        raise DataError("the prompt has no tokens; give at least one", code="DATA-032")
+    live = stream and wanted.sequences == 1
+    options: dict[str, Any] = {"max_new_tokens": wanted.max_new_tokens, "do_sample": wanted.temperature > 0}
+    if wanted.temperature > 0:
+        options |= {"temperature": wanted.temperature, "top_k": 0, "top_p": 1.0}
+    if live:
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        rows, cache = _prepare(model, ids, wanted)
+        if cache is None and wanted.kv_cache == "static":
+            options["cache_implementation"] = "static"
+        elif cache is not None:
+            options["past_key_values"] = cache
+        made = model.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            **options,
+        )
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    seconds = time.perf_counter() - started
+    new = made.sequences[:, ids.shape[1] :]
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    if stream and not live:
+        for number, text in enumerate(texts, 1):
+            print(f"--- {number}\n{text}")
+    used = _cache_bytes(made.past_key_values)
+    columns = int(made.past_key_values.get_seq_length()) * rows.shape[0]
+    return Answer(prompt, texts, new.numel(), seconds, used, columns, wanted.kv_cache)
+
+
+def _prepare(model: Any, ids: Any, wanted: Request) -> tuple[Any, Any]:
+    """(input rows, cache to pass or None). Several continuations share one packed prompt."""
+    rows = ids.repeat_interleave(wanted.sequences, dim=0)
+    if wanted.kv_cache == "static":
+        return rows, None
+    if wanted.kv_cache == "dynamic":
+        from transformers import DynamicCache
+
+        return rows, DynamicCache(config=model.config)
+    from quietgoose.cache.hf import ZipCache
+
+    cache = ZipCache(model.config, wanted.policy)
+    if wanted.sequences > 1 and ids.shape[1] > 1:
+        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        cache = cache.fork(wanted.sequences)
+    return rows, cache
+
+
+def _cache_bytes(cache: Any) -> int:
+    from quietgoose.cache.hf import ZipCache
+
+    if isinstance(cache, ZipCache):
+        return int(cache.nbytes().total)
+    kept = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+    return sum(x.numel() * x.element_size() for x in kept)
+
+
+def _print_facts(answer: Answer) -> None:
+    each = answer.cache_bytes / answer.cache_tokens if answer.cache_tokens else 0.0
+    print(
+        f"{answer.new_tokens} tokens in {answer.seconds:.2f} s ({answer.new_tokens / answer.seconds:.1f} tokens/s, prompt "
+        f"included); {answer.cache} cache: {answer.cache_bytes} bytes, {each:.1f} a token",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

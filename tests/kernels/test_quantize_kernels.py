@@ -1,0 +1,178 @@
+"""The Triton kernels write what the twin writes, byte for byte: interpreter on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.importorskip("triton")
+
+from quietgoose.kernels.quantize import UnsupportedShape, append_packed, dequantize, empty_arena
+from quietgoose.kernels.saliency import select_salient
+from quietgoose.kernels.testing import assert_same
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# rows, KV heads, tokens, head_dim, bits
+SHAPES = [
+    (2, 3, 129, 64, (4, 2)),
+    (1, 2, 100, 128, (4, 2)),
+    (2, 1, 63, 64, (4, 4)),
+    (1, 1, 1, 128, (2, 2)),
+    (2, 2, 70, 32, (16, 2)),
+    (1, 2, 65, 64, (16, 16)),
+]
+
+
+def problem(batch, heads, n, width, dtype, seed=0, ratio=0.6):
+    g = torch.Generator().manual_seed(seed)
+    key, value = (torch.randn(batch, heads, n, width, generator=g) * torch.logspace(-2, 1.5, width) for _ in range(2))
+    key[..., 1], value[..., 1] = 0.0, 0.0
+    key[..., 2], value[..., 3] = 1.37, -0.77
+    value[..., 4] *= 1e-7
+    valid = torch.ones(batch, n, dtype=torch.bool)
+    if batch > 1:
+        valid[-1, : n // 3] = False
+        valid[-1, n // 2] = False
+    salient = select_salient(torch.randn(batch, heads, n, generator=g), valid, ratio)
+    hide = ~valid[:, None, :, None]
+    key, value = key.masked_fill(hide, float("nan")), value.masked_fill(hide, float("nan"))
+    return [x.to(DEVICE) for x in (key.to(dtype), value.to(dtype), salient, valid)]
+
+
+def arenas(batch, heads, width, bits, dtype, capacity=300, blocks=5):
+    return [empty_arena(b, batch, heads, width, capacity, blocks, dtype, DEVICE) for b in bits]
+
+
+def compare(got, want) -> None:
+    for a, b in zip(got, want):
+        for name, tensor in a.tensors().items():
+            assert_same(f"{a.bits}-bit {name}", tensor, b.tensors()[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "heads", "n", "width", "bits"), SHAPES)
+def test_the_kernels_write_what_the_twin_writes(batch, heads, n, width, bits, dtype) -> None:
+    got, want = arenas(batch, heads, width, bits, dtype), arenas(batch, heads, width, bits, dtype)
+    for turn in range(2):
+        inputs = problem(batch, heads, n, width, dtype, seed=turn)
+        append_packed(*got, *inputs, implementation="triton")
+        append_packed(*want, *inputs, implementation="reference")
+    compare(got, want)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_an_empty_share_and_an_all_padding_row(ratio: float) -> None:
+    key, value, salient, valid = problem(3, 2, 40, 64, torch.float32, ratio=ratio)
+    valid[1] = False
+    salient &= valid.unsqueeze(1)
+    got, want = arenas(3, 2, 64, (4, 2), torch.float32), arenas(3, 2, 64, (4, 2), torch.float32)
+    append_packed(*got, key, value, salient, valid, implementation="triton")
+    append_packed(*want, key, value, salient, valid, implementation="reference")
+    compare(got, want)
+    assert got[0].lengths()[1].item() == got[1].lengths()[1].item() == 0
+
+
+def test_strided_inputs_are_read_in_place() -> None:
+    key, value, salient, valid = problem(2, 2, 50, 64, torch.float32)
+    apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value)]
+    assert not apart[0].is_contiguous()
+    got, want = arenas(2, 2, 64, (4, 2), torch.float32), arenas(2, 2, 64, (4, 2), torch.float32)
+    append_packed(*got, *apart, salient, valid, implementation="triton")
+    append_packed(*want, key, value, salient, valid, implementation="reference")
+    compare(got, want)
+
+
+@pytest.mark.parametrize(("capacity", "blocks"), [(20, 5), (300, 0), (150, 1)])
+def test_what_does_not_fit_is_dropped_not_written_elsewhere(capacity: int, blocks: int) -> None:
+    """The kernels can not raise; they must not write past an arena either."""
+    key, value, salient, valid = problem(2, 2, 140, 64, torch.float32, ratio=1.0)
+    high, low = arenas(2, 2, 64, (4, 2), torch.float32, capacity, blocks)
+    append_packed(high, low, key, value, salient, valid, implementation="triton")
+    want = [min(140, capacity, blocks * 128), min(int(valid[1].sum()), capacity, blocks * 128)]
+    assert high.lengths().tolist() == want
+    kept, _ = dequantize(high)
+    assert bool(((kept[0, 0, : want[0]] - key[0, 0, : want[0]]).abs() < 10).all())
+
+
+def test_slots_not_in_use_keep_their_bytes() -> None:
+    high, low = arenas(2, 1, 64, (4, 2), torch.float32)
+    for arena in (high, low):
+        for name, tensor in arena.tensors().items():
+            if name not in ("block_start", "num_blocks"):
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
+    append_packed(high, low, *problem(2, 1, 60, 64, torch.float32), implementation="triton")
+    for arena in (high, low):
+        for row, length in enumerate(arena.lengths().tolist()):
+            assert bool((arena.key_codes[row, :, length:] == 255).all())
+            assert bool(arena.value_scale[row, :, length:].isnan().all())
+            assert bool(arena.key_min[row, :, 1:].isnan().all())
+        assert all(bool(x.isfinite().all()) for x in dequantize(arena))
+
+
+def test_the_number_of_launches_does_not_depend_on_rows_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quietgoose.kernels.quantize import triton_kernels
+
+    grids: list[tuple[int, ...]] = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    for name in ("_plan", "_pack"):
+        monkeypatch.setattr(triton_kernels, name, Counted(getattr(triton_kernels, name)))
+    for batch, heads in ((1, 1), (3, 2)):
+        grids.clear()
+        append_packed(
+            *arenas(batch, heads, 32, (4, 2), torch.float32), *problem(batch, heads, 20, 32, torch.float32),
+            implementation="triton",
+        )  # fmt: skip
+        assert len(grids) == 3
+
+
+def test_unsupported_shapes_are_refused_or_take_the_twin() -> None:
+    inputs = problem(1, 1, 20, 48, torch.float32)
+    with pytest.raises(UnsupportedShape, match="head_dim = 48"):
+        append_packed(*arenas(1, 1, 48, (4, 2), torch.float32), *inputs, implementation="triton")
+    high, low = arenas(1, 1, 48, (4, 2), torch.float32)
+    append_packed(high, low, *inputs)
+    assert int(high.lengths() + low.lengths()) == 20
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from quietgoose.kernels.quantize.triton_kernels import _pack as kernel
+const = dict(BITS=2, D=64, BLOCK=128)
+half = ("p_value_scale", "p_value_min", "p_key_scale", "p_key_min", "p_channel")
+def kind(name):
+    if name in const: return "constexpr"
+    if name in ("p_key", "p_value"): return "*bf16"
+    if name.endswith("_codes"): return "*u8"
+    if name in half: return "*fp16"
+    return "*i32" if name.startswith("p_") else "i32"
+values = {(kernel.arg_names.index(n),): v for n, v in const.items()}
+source = ASTSource(kernel, {n: kind(n) for n in kernel.arg_names}, values)
+ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+print("fused", ptx.count("fma."), "divisions", ptx.count("div.rn.f32") > 0)
+"""
+
+
+def test_compiled_for_a_gpu_no_product_and_sum_are_fused() -> None:
+    """Codes are equal bit for bit only while every operation rounds by itself (no device is needed to compile)."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["fused", "0", "divisions", "True"]

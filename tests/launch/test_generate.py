@@ -1,0 +1,160 @@
+"""launch/generate.py with a tiny model saved to a folder, and with an export: caches agree, errors are plain."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from quietgoose.launch.generate import main
+from quietgoose.routing.expert import Expert, ExpertCard, SiteAdapter
+from quietgoose.routing.library import ExpertLibrary
+from quietgoose.routing.sites import find_sites
+from quietgoose.train.base_models import load_base
+from quietgoose.train.export import Provenance, export_model
+from quietgoose.train.nano import nano_tokenizer
+from quietgoose.train.recipe import BaseSettings, RouterSettings
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=258, max_position_embeddings=512, initializer_range=0.2, eos_token_id=257,
+        bos_token_id=257, pad_token_id=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    nano_tokenizer(512).save_pretrained(path)
+    return path
+
+
+def answers(capsys, *arguments: object) -> list[dict]:
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["answers"]
+
+
+def test_all_caches_give_the_same_greedy_text(folder, capsys):
+    common = ("--model", folder, "--prompt", "Once upon a time, " * 4, "--max-new-tokens", "20", "--device", "cpu")
+    found = {
+        name: answers(capsys, *common, "--kv-cache", name, "--kv-policy", "lossless")[0]
+        for name in ("zipcache", "dynamic", "static")
+    }
+    assert len({tuple(answer["texts"]) for answer in found.values()}) == 1
+    for answer in found.values():
+        assert 0 < answer["new_tokens"] <= 20
+        assert answer["tokens_per_second"] > 0
+        assert answer["cache_bytes"] > 0
+
+
+def test_the_quantised_cache_is_smaller(folder, capsys):
+    common = ("--model", folder, "--prompt", "x" * 400, "--max-new-tokens", "2", "--device", "cpu")
+    sizes = [
+        answers(capsys, *common, "--kv-cache", name, "--kv-policy", "small")[0]["cache_bytes"]
+        for name in ("zipcache", "dynamic")
+    ]
+    assert sizes[0] < sizes[1] / 3
+
+
+def test_text_streams_and_facts_go_to_stderr(folder, capsys):
+    assert main(["--model", str(folder), "--prompt", "Hi", "--max_new_tokens=5", "--device=cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert "tokens/s" in err
+    assert "zipcache cache:" in err
+    assert "bytes" in err
+
+
+@pytest.mark.parametrize("cache", ["zipcache", "dynamic"])
+def test_several_sequences_differ_and_repeat_with_the_seed(folder, capsys, cache):
+    common = ("--model", folder, "--prompt", "A long enough prompt, truly.", "--kv-cache", cache, "--device", "cpu")
+    wanted = ("--temperature", "1.5", "--num-return-sequences", "3", "--max-new-tokens", "8", "--seed", "5")
+    first, second = (answers(capsys, *common, *wanted)[0]["texts"] for _ in range(2))
+    assert first == second
+    assert len(first) == 3
+    assert len(set(first)) == 3
+    assert main([*map(str, (*common, *wanted))]) == 0
+    assert "--- 3" in capsys.readouterr().out
+
+
+def test_prompts_from_a_file(folder, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one"}\n\n{"prompt": "two two"}\n')
+    found = answers(capsys, "--model", folder, "--prompts", file, "--max-new-tokens", "4", "--device", "cpu")
+    assert [answer["prompt"] for answer in found] == ["one", "two two"]
+
+
+def test_an_export(folder, tmp_path, capsys):
+    loaded = load_base(BaseSettings(model=str(folder)))
+    sites = find_sites(loaded.model, ["all-linear"])
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    adapters = {s.name: SiteAdapter(draw(2, s.in_features), 0.05 * draw(s.out_features, 2), 1.0) for s in sites}
+    targets = tuple(sorted({site.name.rsplit(".", 1)[-1] for site in sites}))
+    experts = [
+        Expert(ExpertCard(name, 2, 2.0, targets), adapters).with_gates({s.name: draw(s.in_features) for s in sites})
+        for name in ("a", "b")
+    ]
+    export_model(
+        tmp_path / "out", loaded, ExpertLibrary(experts), RouterSettings("phatgoose", 2), Provenance({}, {}), folder
+    )
+    common = ("--model", tmp_path / "out", "--prompt", "words " * 12, "--max-new-tokens", "10", "--device", "cpu")
+    texts = [
+        answers(capsys, *common, "--kv-cache", name, "--kv-policy", "lossless")[0]["texts"]
+        for name in ("zipcache", "dynamic")
+    ]
+    assert texts[0] == texts[1]
+
+
+BAD = {
+    "no folder": (["--prompt", "a", "--model", "/nowhere"], "no such folder"),
+    "no prompt": ([], "exactly one"),
+    "both": (["--prompt", "a", "--prompts", "b"], "exactly one"),
+    "no file": (["--prompts", "/nowhere.jsonl"], "no such file"),
+    "policy": (["--prompt", "a", "--kv-policy", "qualty"], "quality"),
+    "tokens": (["--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
+    "temperature": (["--prompt", "a", "--temperature", "-1"], "greedy"),
+    "greedy copies": (["--prompt", "a", "--num-return-sequences", "2"], "all the same"),
+    "device": (["--prompt", "a", "--device", "gpu"], "allowed are auto"),
+    "empty": (["--prompt", ""], "no tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_are_plain(folder, capsys, name):
+    arguments, words = BAD[name]
+    given = arguments if "--model" in arguments else ["--model", str(folder), *arguments]
+    given = given if "--device" in given else [*given, "--device", "cpu"]
+    assert main(given) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert "QG-" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"text": "a"}'])
+def test_bad_lines_name_their_place(folder, tmp_path, capsys, line):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + line + "\n")
+    assert main(["--model", str(folder), "--prompts", str(file), "--device", "cpu"]) == 2
+    assert "prompts.jsonl:2" in capsys.readouterr().err
+
+
+def test_pickled_weights_and_own_code_are_refused(folder, tmp_path, capsys):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "model.safetensors").rename(other / "pytorch_model.bin")
+    assert main(["--model", str(other), "--prompt", "a", "--device", "cpu"]) != 0
+    assert "safetensors" in capsys.readouterr().err
+    (other / "pytorch_model.bin").rename(other / "model.safetensors")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "x.Y"}}))
+    assert main(["--model", str(other), "--prompt", "a", "--device", "cpu"]) != 0
+    assert "code" in capsys.readouterr().err
