@@ -3,6 +3,7 @@
 quietgoose doctor                      what is missing on this machine
 quietgoose train --config RECIPE ...   the DeepSpeed launcher around launch/train.py; every setting is an option
 quietgoose evaluate --model PATH ...   launch/evaluate.py
+quietgoose generate --model PATH ...   launch/generate.py
 quietgoose stop [--now] RUN            save after this step and stop; --now: stop without saving
 quietgoose sync RUN                    send MLflow what it has not got
 """
@@ -50,6 +51,12 @@ def doctor(argv: Sequence[str]) -> int:
     return examine(argv)
 
 
+def generate(argv: Sequence[str]) -> int:
+    from quietgoose.launch.generate import main as speak
+
+    return speak(argv)
+
+
 def evaluate(argv: Sequence[str]) -> int:
     from quietgoose.launch.evaluate import main as score
 
@@ -83,7 +90,7 @@ def sync(argv: Sequence[str]) -> int:
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "doctor": doctor, "train": train, "evaluate": evaluate, "stop": stop, "sync": sync,
+    "doctor": doctor, "train": train, "evaluate": evaluate, "generate": generate, "stop": stop, "sync": sync,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .version import __version__
 
-__all__ = ["__version__", "load", "load_tokenizer", "merge"]
+__all__ = ["ZipCache", "__version__", "compile_decode", "load", "load_tokenizer", "merge"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from .train import export
 
         return getattr(export, name)
+    if name in {"ZipCache", "compile_decode"}:
+        from . import cache
+
+        return getattr(cache, name)
     raise AttributeError(f"module 'quietgoose' has no attribute {name!r}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..quantize import PackedArena, UnsupportedShape
 from . import triton_kernels as kernels
+from . import triton_reduce as reduction
 from .layout import SaliencyBuffers, Tail
 
 # relative time of one block of 128 slots by its bits; decides how programs are dealt to the two arenas
@@ -182,14 +183,14 @@ def _reduce(
     # [rows, q, H, D] in memory: what follows attention in a model wants the heads side by side
     out = torch.empty(num_rows, length, num_heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
     lse = torch.empty(num_rows, num_heads, length, dtype=torch.float32, device=query.device)
-    slot_tiles = -(-plan.width // kernels.SLOT_TILE.value) if pending else 0
-    jobs = plan.rows * (head_dim // kernels.OUT_CHANNELS.value) + plan.share * slot_tiles
-    kernels.reduce_kernel[(plan.lines, jobs)](
+    slot_tiles = -(-plan.width // reduction.SLOT_TILE.value) if pending else 0
+    jobs = plan.rows * (head_dim // reduction.OUT_CHANNELS.value) + plan.share * slot_tiles
+    reduction.reduce_kernel[(plan.lines, jobs)](
         part_out, part_lse, out, out.stride(0), out.stride(1), out.stride(2), lse,
         scores, tail_tensors[2], tail_tensors[3], plan.width, sums[1], sums[2],
         plan.kv_heads, length, plan.rows, plan.parts, max(slot_tiles, 1),
         HEAD_DIM=head_dim, GROUP=plan.group, GROUP_PADDED=1 << (plan.group - 1).bit_length(),
-        CHUNKS=-(-plan.parts // kernels.CHUNK.value), SALIENCY=pending > 0, PENDING=max(pending, 1),
+        CHUNKS=-(-plan.parts // reduction.CHUNK.value), SALIENCY=pending > 0, PENDING=max(pending, 1),
         num_warps=4,
     )  # fmt: skip
     return out, lse
