@@ -5,9 +5,8 @@ Why it is cheap (README.md has the algebra and the counts): codes are never conv
 exactly u * 2^(k-24), and tensor cores multiply subnormals exactly. So a field costs one AND for two values, its factor
 2^k is folded into q (keys) or taken out of the accumulator at the end (values), and the loads are plain matrix loads.
 
-One program reads one precision of one (row, KV head): a range of tiles of the high arena, of the low arena, or 32 slots
-of the tail. Rows of a tile are r = (s * G + g) * q + i: thought s, head g of the group, query i. Second launch:
-triton_reduce.py.
+One program reads one precision of one (row, KV head): tiles of the high arena, of the low arena, or 32 tail slots.
+Rows are r = (s * G + g) * q + i: thought s, head g of the group, query i. Second launch: triton_reduce.py.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ def _field(x, SHIFT: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr):
     """The code at bit SHIFT of each 16-bit word as an fp16 worth u * 2^(SHIFT - 24). SHIFT + BITS is at most 8."""
     if INTERPRET:
         return (x & (((1 << BITS) - 1) << SHIFT)).to(tl.float16, bitcast=True)
-    if BITS == 4 and SHIFT == 0:
-        y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x000f000f;", "=r,r", [x], tl.float16, True, 2)
-    elif BITS == 4:
-        y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x00f000f0;", "=r,r", [x], tl.float16, True, 2)
+    if BITS == 4:
+        if SHIFT == 0:
+            y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x000f000f;", "=r,r", [x], tl.float16, True, 2)
+        else:
+            y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x00f000f0;", "=r,r", [x], tl.float16, True, 2)
     elif SHIFT == 0:
         y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x00030003;", "=r,r", [x], tl.float16, True, 2)
     elif SHIFT == 2:
@@ -96,12 +96,8 @@ def _channel_pairs(
             lower = pair.to(tl.int16).to(tl.float16, bitcast=True)
             return lower, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
         else:
-            lower = tl.inline_asm_elementwise(
-                "{.reg .b16 t; mov.b32 {$0, t}, $1;}", "=h,r", [pair], tl.float16, True, 1
-            )
-            upper = tl.inline_asm_elementwise(
-                "{.reg .b16 t; mov.b32 {t, $0}, $1;}", "=h,r", [pair], tl.float16, True, 1
-            )
+            lower = tl.inline_asm_elementwise("cvt.u16.u32 $0, $1;", "=h,r", [pair], tl.float16, True, 1)
+            upper = tl.inline_asm_elementwise("mov.b32 {_, $0}, $1;", "=h,r", [pair], tl.float16, True, 1)
             return lower, upper
 
 
@@ -167,7 +163,7 @@ def _packed_part(
         next_begin, next_count = _tile_slots(p_start, next_tile, TILE, TILES)
         next_scale = tl.load(p_scale + next_begin + i_slot, mask=i_slot < next_count, other=0)
         next_minimum = tl.load(p_min + next_begin + i_slot, mask=i_slot < next_count, other=0)
-        # scores: raw = sum_j (q_j s_j) u_j in units of 2^-20, zeta = q . z through a product of 16 equal rows
+        # raw = sum_j (q_j s_j) u_j in units of 2^-20, zeta = q . z through a product of 16 equal rows
         raw = tl.zeros([TILE, ROWS], tl.float32)
         zetas = tl.zeros([16, ROWS], tl.float32)
         for h in tl.static_range(H):
@@ -382,7 +378,7 @@ def attend_kernel(
     n_high = tl.load(p_hi_blocks + batch)
     n_low = tl.load(p_lo_blocks + batch)
     parts_high = _share_of(n_high, n_low, arena_parts, WEIGHT_HIGH, WEIGHT_LOW)
-    limit = tl.zeros([ROWS], tl.int32)
+    limit = row
     o_limit = ((query_row // limit_share) * kv_heads + kv_head) * query_length + position
     if part < parts_high:
         if LIMITS:
