@@ -158,7 +158,8 @@ PRESETS: dict[str, Policy] = {
     "default": Policy(),
     # the paper's 60 % without sinks or recents; it compresses every 100 tokens, here 128: one whole block
     "paper": Policy(salient_ratio=0.6),
-    "quality": Policy(salient_ratio=0.8, sink_tokens=8, recent_tokens=64),
+    # no 2-bit tokens: every 4/2 mix lost retrieval (docs/log.md)
+    "quality": Policy(salient_ratio=1.0, high_bits=4, low_bits=4, sink_tokens=16, recent_tokens=64),
     "small": Policy(salient_ratio=0.4),
     "lossless": Policy(salient_ratio=1.0, high_bits=16, low_bits=16),
 }
