@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..quantize import PackedArena, UnsupportedShape
 from . import triton_kernels as kernels
+from . import triton_reduce as reduction
 from .layout import SaliencyBuffers, Tail
 
 # relative time of one block of 128 slots by its bits; decides how programs are dealt to the two arenas
@@ -26,16 +27,15 @@ class Tuning:
     """Launch parameters; results do not depend on them beyond rounding."""
 
     num_warps: int = 1
-    tile: int = 64  # slots of a packed tile, 64 or 128
-    stages: int = 1
-    programs_per_multiprocessor: int = 8
+    tile: int = 64  # slots of a packed tile, 32, 64 or 128
+    stages: int = 5  # copies run one tile ahead: the block table, read first, takes up every other stage
     plain_tile: int = 32  # slots of a 16-bit tile
-    registers: int | None = None  # at most so many per thread, for more programs beside each other
-    overlap: bool = False  # launch of the reduce kernel overlaps the first one (programmatic dependent launch)
+    plain_stages: int = 3
+    programs_per_multiprocessor: int = 8  # as many as their registers let run beside each other, or a multiple
 
 
 DEFAULT = Tuning()
-LOSSLESS = Tuning(num_warps=4, stages=2, programs_per_multiprocessor=4, plain_tile=64)  # both arenas at 16 bits
+LOSSLESS = Tuning(num_warps=4, plain_tile=64, programs_per_multiprocessor=6)  # both arenas at 16 bits
 
 
 @cache
@@ -51,10 +51,10 @@ def _interpreted() -> bool:
 
 def _arena_arguments(arena: PackedArena) -> list[Tensor]:
     codes = [arena.key_codes, arena.value_codes]
-    if arena.bits != 16:
-        codes = [c.view(torch.int16) for c in codes]
-    others = [arena.value_scale, arena.value_min, arena.key_scale, arena.key_min, arena.value_channel]
-    return [*codes, *others, arena.block_start, arena.num_blocks]
+    channels = [arena.key_scale, arena.key_min, arena.value_channel]
+    if arena.bits != 16:  # two bytes of codes, and two channels of fp16 parameters, at a time
+        codes, channels = [c.view(torch.int16) for c in codes], [c.view(torch.int32) for c in channels]
+    return [*codes, arena.value_scale, arena.value_min, *channels, arena.block_start, arena.num_blocks]
 
 
 def _require_contiguous(name: str, group: PackedArena | Tail | SaliencyBuffers | None) -> None:
@@ -64,9 +64,14 @@ def _require_contiguous(name: str, group: PackedArena | Tail | SaliencyBuffers |
             raise UnsupportedShape(f"{name}.{field.name} with strides {tensor.stride()}: it must be contiguous")
 
 
-def _parts(high: PackedArena, low: PackedArena, lines: int, tuning: Tuning, device: torch.device) -> int:
-    """Programs of the arenas per (row, KV head): enough to fill the device, no more than there can be tiles."""
-    wanted = -(-tuning.programs_per_multiprocessor * _multiprocessors(device) // lines)
+def _parts(high: PackedArena, low: PackedArena, lines: int, tails: int, tuning: Tuning, device: torch.device) -> int:
+    """Programs of the arenas per (row, KV head): all run beside each other, no more of them than there can be tiles.
+
+    One program too many would wait for a place and double the time: rounded down, and with room for `tails` programs
+    of the tail (short ones, so they get a quarter of the places at most).
+    """
+    places = tuning.programs_per_multiprocessor * _multiprocessors(device) // lines
+    wanted = max(places - tails, places * 3 // 4)
     tiles = 0
     for arena in (high, low):
         tile = tuning.plain_tile if arena.bits == 16 else tuning.tile
@@ -91,55 +96,101 @@ def cached_attention(
         _require_contiguous(name, group)
     if query.stride(3) != 1:
         query = query.contiguous()
-    num_rows, num_heads, length, head_dim = query.shape
-    batch, kv_heads = high.key_codes.shape[:2]
     tuning = tuning or (LOSSLESS if high.bits == low.bits == 16 else DEFAULT)
-    group, device = num_heads // kv_heads, query.device
-    lines, rows = batch * kv_heads, share * group * length
-    row_tile = 8 if rows <= 8 else 16
-    row_tiles = -(-rows // row_tile)
-    arena_parts = _parts(high, low, lines * row_tiles, tuning, device)
-    width = 0 if tail is None else tail.key.shape[2]
-    tail_parts = -(-width // kernels.TAIL_TILE.value)
-    parts = arena_parts + share * tail_parts
-    with_saliency = saliency is not None and tail is not None and width > 0
-
-    part_out = torch.empty(lines, parts, rows, head_dim, dtype=torch.float32, device=device)
-    part_lse = torch.empty(lines, parts, rows, dtype=torch.float32, device=device)
-    # [rows, q, H, D] in memory: what follows attention in a model wants the heads side by side
-    out = torch.empty(num_rows, length, num_heads, head_dim, dtype=query.dtype, device=device).transpose(1, 2)
-    lse = torch.empty(num_rows, num_heads, length, dtype=torch.float32, device=device)
-    scores = torch.empty(lines, rows, width, dtype=torch.float32, device=device) if with_saliency else part_lse
-    tail_tensors = [query, query, query, query] if tail is None else [tail.key, tail.value, tail.valid, tail.length]
-    sums = [saliency.total, saliency.pending, saliency.accepted] if with_saliency else [part_lse, part_lse, part_lse]
-    pending = saliency.pending.shape[2] if with_saliency else 1
-    limit_tensors = [part_lse, part_lse] if limits is None else [limit.contiguous() for limit in limits]
-    limit_share = 1 if limits is None else num_rows // limits[0].shape[0]
-    if limits is not None and limits[1].shape[0] != limits[0].shape[0]:
-        raise UnsupportedShape(f"limits for {limits[0].shape[0]} and {limits[1].shape[0]} rows: they must be equal")
-
-    kernels.attend_kernel[(lines, parts, row_tiles)](
+    plan = _plan(query, high, low, tail, share, tuning)
+    part_out = torch.empty(plan.lines, plan.parts, plan.rows, query.shape[3], dtype=torch.float32, device=query.device)
+    part_lse = torch.empty(plan.lines, plan.parts, plan.rows, dtype=torch.float32, device=query.device)
+    if saliency is None or plan.width == 0:
+        sums, scores, pending = (part_lse, part_lse, part_lse), part_lse, 0
+    else:
+        sums, pending = (saliency.total, saliency.pending, saliency.accepted), saliency.pending.shape[2]
+        scores = torch.empty(plan.lines, plan.rows, plan.width, dtype=torch.float32, device=query.device)
+    # what is not there is not read; the stand-ins have the right types
+    tail_tensors = (query, query, high.num_blocks, high.num_blocks)
+    if tail is not None:
+        tail_tensors = (tail.key, tail.value, tail.valid, tail.length)
+    limit_tensors, limit_share = _limits(limits, part_lse, query.shape[0])
+    kernels.attend_kernel[(plan.lines, plan.parts, plan.row_tiles)](
         query, query.stride(0), query.stride(1), query.stride(2),
         *_arena_arguments(high), *_arena_arguments(low),
         high.capacity, high.block_capacity, low.capacity, low.block_capacity,
         *limit_tensors, limit_share,
-        *tail_tensors, width, max(tail_parts, 1),
-        *sums, scores, part_out, part_lse, kv_heads, length, rows, arena_parts, scaling,
-        HEAD_DIM=head_dim, GROUP=group, ROWS=row_tile, HIGH_BITS=high.bits, LOW_BITS=low.bits,
-        TILE=tuning.tile, STAGES=tuning.stages, WEIGHT_HIGH=WEIGHTS[high.bits],
-        WEIGHT_LOW=WEIGHTS[low.bits], PLAIN_TILE=tuning.plain_tile, LIMITS=limits is not None,
-        SALIENCY=with_saliency, PENDING=pending, INTERPRET=_interpreted(),
-        OVERLAP=tuning.overlap, num_warps=tuning.num_warps,
-        **({} if tuning.registers is None else {"maxnreg": tuning.registers}),
+        *tail_tensors, plan.width, max(plan.tail_parts, 1),
+        *sums, scores, part_out, part_lse, plan.kv_heads, query.shape[2], plan.rows, plan.arena_parts, scaling,
+        HEAD_DIM=query.shape[3], GROUP=plan.group, ROWS=plan.row_tile, HIGH_BITS=high.bits, LOW_BITS=low.bits,
+        TILE=tuning.tile, STAGES=tuning.stages, WEIGHT_HIGH=WEIGHTS[high.bits], WEIGHT_LOW=WEIGHTS[low.bits],
+        PLAIN_TILE=tuning.plain_tile, PLAIN_STAGES=tuning.plain_stages, LIMITS=limits is not None,
+        SALIENCY=pending > 0, PENDING=max(pending, 1), ONE=share == query.shape[2] == 1, INTERPRET=_interpreted(),
+        num_warps=tuning.num_warps,
     )  # fmt: skip
-    padded, slot_tile = max(16, 1 << (parts - 1).bit_length()), 128
-    slot_tiles = -(-width // slot_tile) if with_saliency else 0
-    kernels.reduce_kernel[(lines, rows + share * slot_tiles)](
+    return _reduce(plan, query, part_out, part_lse, scores, tail_tensors, sums, pending)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one call is cut into programs."""
+
+    kv_heads: int
+    group: int
+    share: int
+    lines: int  # rows of the cache times KV heads
+    rows: int  # rows of queries of a line: share * group * query length
+    row_tile: int
+    row_tiles: int
+    width: int  # slots of the tail
+    tail_parts: int
+    arena_parts: int
+    parts: int  # of both kinds
+
+
+def _plan(query: Tensor, high: PackedArena, low: PackedArena, tail: Tail | None, share: int, tuning: Tuning) -> _Plan:
+    batch, kv_heads = high.key_codes.shape[:2]
+    group = query.shape[1] // kv_heads
+    lines, rows = batch * kv_heads, share * group * query.shape[2]
+    row_tile = 8 if rows <= 8 else 16
+    row_tiles = -(-rows // row_tile)
+    width = 0 if tail is None else tail.key.shape[2]
+    tail_parts = -(-width // kernels.TAIL_TILE.value)
+    arena_parts = _parts(high, low, lines * row_tiles, share * tail_parts, tuning, query.device)
+    parts = arena_parts + share * tail_parts
+    return _Plan(
+        kv_heads, group, share, lines, rows, row_tile, row_tiles, width, tail_parts, arena_parts, parts
+    )  # fmt: skip
+
+
+def _limits(limits: tuple[Tensor, Tensor] | None, nothing: Tensor, rows: int) -> tuple[tuple[Tensor, Tensor], int]:
+    """(tensors, rows of queries that share a row of limits)."""
+    if limits is None:
+        return (nothing, nothing), 1
+    high, low = limits
+    if high.shape[0] != low.shape[0]:
+        raise UnsupportedShape(f"limits for {high.shape[0]} and {low.shape[0]} rows: they must be equal")
+    return (high.contiguous(), low.contiguous()), rows // high.shape[0]
+
+
+def _reduce(
+    plan: _Plan,
+    query: Tensor,
+    part_out: Tensor,
+    part_lse: Tensor,
+    scores: Tensor,
+    tail_tensors: tuple[Tensor, ...],
+    sums: tuple[Tensor, ...],
+    pending: int,
+) -> tuple[Tensor, Tensor]:
+    """Second launch: merge the parts, and write what each query gave to the tail's slots."""
+    num_rows, num_heads, length, head_dim = query.shape
+    # [rows, q, H, D] in memory: what follows attention in a model wants the heads side by side
+    out = torch.empty(num_rows, length, num_heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+    lse = torch.empty(num_rows, num_heads, length, dtype=torch.float32, device=query.device)
+    slot_tiles = -(-plan.width // reduction.SLOT_TILE.value) if pending else 0
+    jobs = plan.rows * (head_dim // reduction.OUT_CHANNELS.value) + plan.share * slot_tiles
+    reduction.reduce_kernel[(plan.lines, jobs)](
         part_out, part_lse, out, out.stride(0), out.stride(1), out.stride(2), lse,
-        scores, tail_tensors[2], tail_tensors[3], width, sums[1], sums[2],
-        kv_heads, length, rows, parts, max(slot_tiles, 1),
-        HEAD_DIM=head_dim, GROUP=group, PARTS_PADDED=padded, CHUNK=min(padded, 64),
-        PENDING=pending, GROUP_PADDED=1 << (group - 1).bit_length(), SLOT_TILE=slot_tile, OVERLAP=tuning.overlap,
-        num_warps=8, **({"launch_pdl": True} if tuning.overlap else {}),
+        scores, tail_tensors[2], tail_tensors[3], plan.width, sums[1], sums[2],
+        plan.kv_heads, length, plan.rows, plan.parts, max(slot_tiles, 1),
+        HEAD_DIM=head_dim, GROUP=plan.group, GROUP_PADDED=1 << (plan.group - 1).bit_length(),
+        CHUNKS=-(-plan.parts // reduction.CHUNK.value), SALIENCY=pending > 0, PENDING=max(pending, 1),
+        num_warps=4,
     )  # fmt: skip
     return out, lse

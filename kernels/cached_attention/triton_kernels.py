@@ -1,12 +1,12 @@
-"""Triton kernels of `cached_attention`: partial attention over a range of slots, and the log-sum-exp reduce.
+"""First Triton launch of `cached_attention`: partial attention over ranges of slots.
 
 Why it is cheap (README.md has the algebra and the counts): codes are never converted. Two bytes of codes are one
 16-bit word; masking a field of the word leaves u * 2^k in the low bits of an fp16, a subnormal number that is worth
 exactly u * 2^(k-24), and tensor cores multiply subnormals exactly. So a field costs one AND for two values, its factor
 2^k is folded into q (keys) or taken out of the accumulator at the end (values), and the loads are plain matrix loads.
 
-One program reads one precision of one (row, KV head): a range of tiles of the high arena, of the low arena, or 32
-slots of the tail. Rows of a tile are r = (s * G + g) * q + i: thought s, head g of the group, query i.
+One program reads one precision of one (row, KV head): tiles of the high arena, of the low arena, or 32 tail slots.
+Rows are r = (s * G + g) * q + i: thought s, head g of the group, query i. Second launch: triton_reduce.py.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ def _field(x, SHIFT: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr):
     """The code at bit SHIFT of each 16-bit word as an fp16 worth u * 2^(SHIFT - 24). SHIFT + BITS is at most 8."""
     if INTERPRET:
         return (x & (((1 << BITS) - 1) << SHIFT)).to(tl.float16, bitcast=True)
-    if BITS == 4 and SHIFT == 0:
-        y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x000f000f;", "=r,r", [x], tl.float16, True, 2)
-    elif BITS == 4:
-        y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x00f000f0;", "=r,r", [x], tl.float16, True, 2)
+    if BITS == 4:
+        if SHIFT == 0:
+            y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x000f000f;", "=r,r", [x], tl.float16, True, 2)
+        else:
+            y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x00f000f0;", "=r,r", [x], tl.float16, True, 2)
     elif SHIFT == 0:
         y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x00030003;", "=r,r", [x], tl.float16, True, 2)
     elif SHIFT == 2:
@@ -76,6 +77,39 @@ def _row_scale(q_max):
 
 
 @triton.jit
+def _channel_pairs(
+    p_parameter, block, h, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """fp16 parameters of the channels in field h of the lower and of the upper byte of each word: two times [words].
+
+    They lie in pairs: one 32-bit load brings both, and it is wide enough to be copied ahead of time.
+    """
+    WIDTH: tl.constexpr = HEAD_DIM * BITS // 8
+    if BYTES:
+        p_halves = p_parameter.to(tl.pointer_type(tl.float16)) + block.to(tl.int64) * HEAD_DIM
+        both = tl.load(p_halves + h * WIDTH + tl.arange(0, WIDTH))
+        return both, both
+    else:
+        p_pairs = p_parameter + block.to(tl.int64) * (HEAD_DIM // 2) + h * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
+        pair = tl.load(p_pairs)
+        if INTERPRET:
+            lower = pair.to(tl.int16).to(tl.float16, bitcast=True)
+            return lower, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            lower = tl.inline_asm_elementwise("cvt.u16.u32 $0, $1;", "=h,r", [pair], tl.float16, True, 1)
+            upper = tl.inline_asm_elementwise("mov.b32 {_, $0}, $1;", "=h,r", [pair], tl.float16, True, 1)
+            return lower, upper
+
+
+@triton.jit
+def _tile_slots(p_start, tile, TILE: tl.constexpr, TILES: tl.constexpr):
+    """(first slot, slots left in the block) of a tile; the latter is not positive past the end of a short block."""
+    block = tile // TILES
+    begin = tl.load(p_start + block) + (tile - block * TILES) * TILE
+    return begin.to(tl.int64), tl.load(p_start + block + 1) - begin
+
+
+@triton.jit
 def _packed_part(
     p_q, m_row, limit, p_key, p_value, p_scale, p_min, p_key_scale, p_key_min, p_channel, p_start,
     first, last, factor, p_out, p_lse,
@@ -88,50 +122,62 @@ def _packed_part(
     FIELDS: tl.constexpr = H if BYTES else 2 * H
     WIDTH: tl.constexpr = HEAD_DIM // FIELDS
     TILES: tl.constexpr = BLOCK_SLOTS // TILE
-    q = tl.load(p_q[None, :] + tl.arange(0, HEAD_DIM)[:, None], mask=m_row[None, :], other=0)
-    power, inverse = _row_scale(tl.max(tl.abs(q.to(tl.float32)), 0))
-    planes = ()
-    acc = ()
+    if BYTES:
+        p_key, p_value = p_key.to(tl.pointer_type(tl.uint8)), p_value.to(tl.pointer_type(tl.uint8))
+    i_slot, i_word = tl.arange(0, TILE), tl.arange(0, WIDTH)
+    # per-slot parameters of the next tile are on their way while this one is computed
+    begin, count = _tile_slots(p_start, first, TILE, TILES)
+    next_scale = tl.load(p_scale + begin + i_slot, mask=i_slot < count, other=0)
+    next_minimum = tl.load(p_min + begin + i_slot, mask=i_slot < count, other=0)
+    queries, planes, acc = (), (), ()
+    largest = tl.zeros([WIDTH, ROWS], tl.float32)
     for f in tl.static_range(FIELDS):
         q = tl.load(p_q[None, :] + _channels(f, HEAD_DIM, BITS, BYTES)[:, None], mask=m_row[None, :], other=0)
-        planes = planes + ((q.to(tl.float32) * (inverse * 2.0 ** (4 - BITS * ((H - 1) & f)))[None, :]).to(tl.float16),)
+        queries = queries + (q.to(tl.float32),)
+        largest = tl.maximum(largest, tl.abs(queries[f]))
+    power, inverse = _row_scale(tl.max(largest, 0))
+    for f in tl.static_range(FIELDS):
+        planes = planes + ((queries[f] * (inverse * 2.0 ** (4 - BITS * ((H - 1) & f)))[None, :]).to(tl.float16),)
         acc = acc + (tl.zeros([WIDTH, ROWS], tl.float32),)
     score_scale = power * (factor * LOG2E * 2.0**20)
     zeta_scale = power * (factor * LOG2E)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE, ROWS], tl.float32)
-    if BYTES:
-        p_key, p_value = p_key.to(tl.pointer_type(tl.uint8)), p_value.to(tl.pointer_type(tl.uint8))
-    i_word = tl.arange(0, WIDTH)
     for i_tile in tl.range(0, last - first, num_stages=STAGES):
         tile = first + i_tile
-        block = tile // TILES
-        slot = tl.load(p_start + block) + (tile - block * TILES) * TILE + tl.arange(0, TILE)
-        live = slot < tl.load(p_start + block + 1)
-        p_block = block.to(tl.int64) * HEAD_DIM
-        o_word = slot.to(tl.int64) * WIDTH
-        keys = tl.load(p_key + o_word[:, None] + i_word[None, :], mask=live[:, None], other=0)
-        values = tl.load(p_value + o_word[None, :] + i_word[:, None], mask=live[None, :], other=0)
+        begin, count = _tile_slots(p_start, tile, TILE, TILES)
+        live = i_slot < count
+        keys = tl.load(p_key + begin * WIDTH + (i_slot[:, None] * WIDTH + i_word[None, :]), mask=live[:, None], other=0)
+        values = tl.load(
+            p_value + begin * WIDTH + (i_slot[None, :] * WIDTH + i_word[:, None]), mask=live[None, :], other=0
+        )
         if BYTES:
             keys, values = keys.to(tl.int16), values.to(tl.int16)
-        scale = tl.load(p_scale + slot, mask=live, other=0)
-        minimum = tl.load(p_min + slot, mask=live, other=0)
         key_scale, key_min, channel = (), (), ()
-        for f in tl.static_range(FIELDS):
-            p_f = p_block + _channels(f, HEAD_DIM, BITS, BYTES)
-            key_scale = key_scale + (tl.load(p_key_scale + p_f),)
-            key_min = key_min + (tl.load(p_key_min + p_f),)
-            channel = channel + (tl.load(p_channel + p_f),)
-        # scores: raw = sum_j (q_j s_j) u_j in units of 2^-20, zeta = q . z through a product of 16 equal rows
+        for h in tl.static_range(H):
+            key_scale = key_scale + _channel_pairs(p_key_scale, tile // TILES, h, HEAD_DIM, BITS, BYTES, INTERPRET)
+            key_min = key_min + _channel_pairs(p_key_min, tile // TILES, h, HEAD_DIM, BITS, BYTES, INTERPRET)
+            channel = channel + _channel_pairs(p_channel, tile // TILES, h, HEAD_DIM, BITS, BYTES, INTERPRET)
+        scale, minimum = next_scale, next_minimum
+        next_tile = tl.minimum(tile + 1, last - 1)
+        next_begin, next_count = _tile_slots(p_start, next_tile, TILE, TILES)
+        next_scale = tl.load(p_scale + next_begin + i_slot, mask=i_slot < next_count, other=0)
+        next_minimum = tl.load(p_min + next_begin + i_slot, mask=i_slot < next_count, other=0)
+        # raw = sum_j (q_j s_j) u_j in units of 2^-20, zeta = q . z through a product of 16 equal rows
         raw = tl.zeros([TILE, ROWS], tl.float32)
         zetas = tl.zeros([16, ROWS], tl.float32)
-        for f in tl.static_range(FIELDS):
-            word = _high_bytes(keys, INTERPRET) if f >= H else keys
-            raw = tl.dot(_field(word, BITS * ((H - 1) & f), BITS, INTERPRET), planes[f] * key_scale[f][:, None], raw)
-            zetas += tl.dot(tl.broadcast_to(key_min[f][None, :], [16, WIDTH]), planes[f]) * 2.0 ** (BITS * ((H - 1) & f) - 4)
+        for h in tl.static_range(H):
+            part = tl.zeros([16, ROWS], tl.float32)
+            for b in tl.static_range(FIELDS // H):
+                word = _high_bytes(keys, INTERPRET) if b == 1 else keys
+                scaled_q = planes[b * H + h] * key_scale[2 * h + b][:, None]
+                raw = tl.dot(_field(word, BITS * h, BITS, INTERPRET), scaled_q, raw)
+                minima = tl.broadcast_to(key_min[2 * h + b][None, :], [16, WIDTH])
+                part = tl.dot(minima, planes[b * H + h], part)
+            zetas += part * 2.0 ** (BITS * h - 4)
         zeta = tl.max(zetas, 0) * zeta_scale
         if LIMITS:
-            raw = tl.where(live[:, None] & (slot[:, None] < limit[None, :]), raw, float("-inf"))
+            raw = tl.where(live[:, None] & ((begin + i_slot)[:, None] < limit[None, :]), raw, float("-inf"))
         else:
             raw = tl.where(live[:, None], raw, float("-inf"))
         # softmax in base 2; weights carry 2^8 so that small ones stay normal numbers in fp16
@@ -148,7 +194,7 @@ def _packed_part(
             word = _high_bytes(values, INTERPRET) if f >= H else values
             start = tl.broadcast_to((mu * 2.0 ** (BITS * ((H - 1) & f) - 24))[None, :], [WIDTH, ROWS])
             part = tl.dot(_field(word, BITS * ((H - 1) & f), BITS, INTERPRET), scaled, start)
-            fresh = fresh + (acc[f] * decay + part * channel[f].to(tl.float32)[:, None],)
+            fresh = fresh + (acc[f] * decay + part * channel[2 * ((H - 1) & f) + f // H].to(tl.float32)[:, None],)
         acc = fresh
     total = tl.sum(total, 0)
     norm = 1.0 / tl.where(total == 0.0, 1.0, total)
@@ -253,7 +299,7 @@ def _arena_part(
     p_q, m_row, limit, p_key, p_value, p_scale, p_min, p_key_scale, p_key_min, p_channel, p_start, blocks,
     line, slots, capacity, part, parts, factor, p_out, p_lse,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    PLAIN_TILE: tl.constexpr, LIMITS: tl.constexpr, INTERPRET: tl.constexpr,
+    PLAIN_TILE: tl.constexpr, PLAIN_STAGES: tl.constexpr, LIMITS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Part `part` of `parts` of one row and head of an arena: tiles are dealt out evenly, first come the early ones."""
     if BITS == 16:
@@ -269,11 +315,11 @@ def _arena_part(
         base = line * slots * HEAD_DIM
         _plain_part(
             p_q, m_row, limit, p_key + base, p_value + base, first, last, length, factor, p_out, p_lse,
-            HEAD_DIM, ROWS, PLAIN_TILE, STAGES, LIMITS, INTERPRET,
+            HEAD_DIM, ROWS, PLAIN_TILE, PLAIN_STAGES, LIMITS, INTERPRET,
         )  # fmt: skip
     else:
         base = line * slots * (HEAD_DIM * BITS // 16)
-        p_block = line * capacity * HEAD_DIM
+        p_block = line * capacity * (HEAD_DIM // 2)  # channels lie in pairs
         _packed_part(
             p_q, m_row, limit, p_key + base, p_value + base, p_scale + line * slots, p_min + line * slots,
             p_key_scale + p_block, p_key_min + p_block, p_channel + p_block, p_start, first, last, factor,
@@ -283,11 +329,10 @@ def _arena_part(
 
 # sizes that change while a cache grows: one compiled kernel for all of them
 SIZES = ["hi_slots", "hi_capacity", "lo_slots", "lo_capacity", "limit_share", "tail_width", "tail_parts"]
-SIZES += ["kv_heads", "query_length", "rows", "arena_parts", "parts", "slot_tiles"]
-ATTEND_SIZES, REDUCE_SIZES = SIZES[:-2], [*SIZES[7:10], "tail_width", "parts", "slot_tiles"]
+SIZES += ["kv_heads", "query_length", "rows", "arena_parts"]
 
 
-@triton.jit(do_not_specialize=ATTEND_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def attend_kernel(
     p_query, stride_qb, stride_qh, stride_qi,
     p_hi_key, p_hi_value, p_hi_scale, p_hi_min, p_hi_key_scale, p_hi_key_min, p_hi_channel, p_hi_start, p_hi_blocks,
@@ -299,26 +344,23 @@ def attend_kernel(
     p_part_out, p_part_lse, kv_heads, query_length, rows, arena_parts, factor,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HIGH_BITS: tl.constexpr, LOW_BITS: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr, WEIGHT_HIGH: tl.constexpr, WEIGHT_LOW: tl.constexpr,
-    PLAIN_TILE: tl.constexpr, LIMITS: tl.constexpr, SALIENCY: tl.constexpr, PENDING: tl.constexpr,
-    INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    PLAIN_TILE: tl.constexpr, PLAIN_STAGES: tl.constexpr, LIMITS: tl.constexpr, SALIENCY: tl.constexpr,
+    PENDING: tl.constexpr, ONE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """grid (B * Hk, arena_parts + share * tail_parts, row tiles); slots/capacity: of each arena, slots and blocks.
-
-    OVERLAP: the reduce kernel may start its launch while this one runs; it waits for the results itself.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+    """grid (B * Hk, arena_parts + share * tail_parts, row tiles); slots/capacity: of each arena, slots and blocks."""
     line = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    batch = line // kv_heads
-    kv_head = line % kv_heads
+    batch = (tl.program_id(0) // kv_heads).to(tl.int64)
+    kv_head = tl.program_id(0) % kv_heads
     per_thought = GROUP * query_length
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     m_row = row < rows
-    thought = row // per_thought
-    head = kv_head * GROUP + (row % per_thought) // query_length
-    position = row % query_length
-    query_row = batch * (rows // per_thought) + thought
+    if ONE:  # one query of one thought: rows are the heads, and no integer needs dividing
+        thoughts, thought, head, position = 1, tl.zeros_like(row), kv_head * GROUP + row, tl.zeros_like(row)
+    else:
+        thoughts, thought = rows // per_thought, row // per_thought
+        head, position = kv_head * GROUP + (row % per_thought) // query_length, row % query_length
+    query_row = batch * thoughts + thought
     p_q = p_query + query_row * stride_qb + head * stride_qh + position * stride_qi
     parts = tl.num_programs(1)
     p_lse = p_part_lse + (line * parts + part) * rows + row
@@ -327,7 +369,7 @@ def attend_kernel(
         own = (part - arena_parts) // tail_parts
         _tail_part(
             p_q, m_row, m_row & (thought == own), tl.program_id(2) == 0, position,
-            batch * (rows // per_thought) + own, kv_head, (part - arena_parts) % tail_parts, kv_heads, query_length,
+            batch * thoughts + own, kv_head, (part - arena_parts) % tail_parts, kv_heads, query_length,
             p_tail_key, p_tail_value, p_tail_valid, p_tail_length, tail_width,
             p_total, p_pending, p_accepted, p_scores + (line * rows + row) * tail_width, factor, p_out, p_lse,
             HEAD_DIM, ROWS, PENDING, SALIENCY, INTERPRET,
@@ -336,7 +378,7 @@ def attend_kernel(
     n_high = tl.load(p_hi_blocks + batch)
     n_low = tl.load(p_lo_blocks + batch)
     parts_high = _share_of(n_high, n_low, arena_parts, WEIGHT_HIGH, WEIGHT_LOW)
-    limit = tl.zeros([ROWS], tl.int32)
+    limit = row
     o_limit = ((query_row // limit_share) * kv_heads + kv_head) * query_length + position
     if part < parts_high:
         if LIMITS:
@@ -344,7 +386,7 @@ def attend_kernel(
         _arena_part(
             p_q, m_row, limit, p_hi_key, p_hi_value, p_hi_scale, p_hi_min, p_hi_key_scale, p_hi_key_min, p_hi_channel,
             p_hi_start + batch * (hi_capacity + 1), n_high, line, hi_slots, hi_capacity, part, parts_high, factor,
-            p_out, p_lse, HEAD_DIM, ROWS, HIGH_BITS, TILE, STAGES, PLAIN_TILE, LIMITS, INTERPRET,
+            p_out, p_lse, HEAD_DIM, ROWS, HIGH_BITS, TILE, STAGES, PLAIN_TILE, PLAIN_STAGES, LIMITS, INTERPRET,
         )  # fmt: skip
     else:
         if LIMITS:
@@ -353,70 +395,5 @@ def attend_kernel(
             p_q, m_row, limit, p_lo_key, p_lo_value, p_lo_scale, p_lo_min, p_lo_key_scale, p_lo_key_min, p_lo_channel,
             p_lo_start + batch * (lo_capacity + 1), n_low, line, lo_slots, lo_capacity, part - parts_high,
             arena_parts - parts_high, factor, p_out, p_lse,
-            HEAD_DIM, ROWS, LOW_BITS, TILE, STAGES, PLAIN_TILE, LIMITS, INTERPRET,
+            HEAD_DIM, ROWS, LOW_BITS, TILE, STAGES, PLAIN_TILE, PLAIN_STAGES, LIMITS, INTERPRET,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=REDUCE_SIZES)
-def reduce_kernel(
-    p_part_out, p_part_lse, p_out, stride_ob, stride_oh, stride_oi, p_lse,
-    p_scores, p_tail_valid, p_tail_length, tail_width, p_pending, p_accepted,
-    kv_heads, query_length, rows, parts, slot_tiles,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, PARTS_PADDED: tl.constexpr, CHUNK: tl.constexpr,
-    PENDING: tl.constexpr, GROUP_PADDED: tl.constexpr, SLOT_TILE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """grid (B * Hk, rows + thoughts * slot_tiles): first the rows' outputs, then the saliency of tiles of tail slots."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    line = tl.program_id(0).to(tl.int64)
-    job = tl.program_id(1)
-    batch = line // kv_heads
-    kv_head = line % kv_heads
-    per_thought = GROUP * query_length
-    thoughts = rows // per_thought
-    i_part = tl.arange(0, PARTS_PADDED)
-    p_lses = p_part_lse + line * parts * rows
-    if job < rows:
-        lses = tl.load(p_lses + i_part * rows + job, mask=i_part < parts, other=float("-inf"))
-        top = tl.max(lses, 0)
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(tl.exp2(lses - safe), 0)
-        acc = tl.zeros([HEAD_DIM], tl.float32)
-        i_channel = tl.arange(0, HEAD_DIM)
-        for i_chunk in tl.static_range(PARTS_PADDED // CHUNK):  # unrolled: all loads are in flight together
-            i_row = i_chunk * CHUNK + tl.arange(0, CHUNK)
-            weight = tl.load(p_lses + i_row * rows + job, mask=i_row < parts, other=float("-inf"))
-            weight = tl.exp2(weight - safe)
-            p_rows = p_part_out + ((line * parts + i_row) * rows + job)[:, None] * HEAD_DIM + i_channel[None, :]
-            acc += tl.sum(tl.load(p_rows, mask=(weight > 0)[:, None], other=0.0) * weight[:, None], 0)
-        acc = acc / tl.where(total == 0.0, 1.0, total)
-        query_row = batch * thoughts + job // per_thought
-        head = kv_head * GROUP + (job % per_thought) // query_length
-        position = job % query_length
-        p_row = p_out + query_row * stride_ob + head * stride_oh + position * stride_oi
-        tl.store(p_row + i_channel, acc.to(p_out.dtype.element_ty))
-        lse = tl.where(total == 0.0, float("-inf"), (safe + tl.log2(total)) / LOG2E)
-        tl.store(p_lse + (query_row * kv_heads * GROUP + head) * query_length + position, lse)
-    else:
-        thought = (job - rows) // slot_tiles
-        slot = ((job - rows) % slot_tiles) * SLOT_TILE + tl.arange(0, SLOT_TILE)
-        tail_row = batch * thoughts + thought
-        length = tl.load(p_tail_length)
-        i_head = tl.arange(0, GROUP_PADDED)
-        for i in range(query_length):
-            row = thought * per_thought + i_head * query_length + i
-            m_part = (i_head < GROUP)[:, None] & (i_part < parts)[None, :]
-            lses = tl.load(p_lses + i_part[None, :] * rows + row[:, None], mask=m_part, other=float("-inf"))
-            top = tl.max(lses, 1)
-            safe = tl.where(top == float("-inf"), 0.0, top)
-            lse = safe + tl.log2(tl.maximum(tl.sum(tl.exp2(lses - safe[:, None]), 1), 1e-30))
-            own = tl.maximum(length - query_length + i, 0)
-            present = tl.load(p_tail_valid + tail_row * tail_width + own) != 0
-            m_score = (i_head < GROUP)[:, None] & (slot < tl.minimum(length, tail_width))[None, :] & present
-            p_row = p_scores + (line * rows + row)[:, None] * tail_width + slot[None, :]
-            score = tl.load(p_row, mask=m_score, other=float("-inf"))
-            gained = tl.sum(tl.exp2(score - lse[:, None]), 0)
-            p_slot = p_pending + ((tail_row * kv_heads + kv_head) * PENDING + i) * tail_width + slot
-            tl.store(p_slot, gained, mask=slot < tail_width)
-        if (line == 0) & (job == rows):
-            tl.store(p_accepted, query_length)
