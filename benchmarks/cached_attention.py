@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import triton
+from kv_cache_measure import copy_bandwidth
 from quietgoose.kernels.cached_attention import SaliencyBuffers, Tail, cached_attention
 from quietgoose.kernels.quantize import PackedArena, empty_arena
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -173,14 +174,6 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int = ROUNDS) -
     return result
 
 
-def copy_bandwidth() -> float:
-    """GB/s of a copy of 2 GiB, reads and writes counted."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    times = time_graphs({"copy": graph_of([lambda: target.copy_(source)])}, 5)
-    return 2 * source.numel() * 4 / times["copy"]["us"] / 1e3
-
-
 def copies_needed(size: int) -> int:
     return max(1, min(LAUNCHES, -(-ROTATION_BYTES // size)))
 
@@ -242,7 +235,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
     torch.manual_seed(0)
-    copy = copy_bandwidth()
+    copy = copy_bandwidth(torch.device("cuda")) / 1e9
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "copy GB/s": copy, "cases": [],

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ import torch
 from quietgoose.base.files import write_json
 from quietgoose.evaluation.run import evaluate
 from quietgoose.routing.gates_format import load_gates
+from quietgoose.routing.sites import find_sites
 from quietgoose.train.arms import build_arms
-from quietgoose.train.engine import Engine, initialize_distributed
+from quietgoose.train.data.loader import StepData
+from quietgoose.train.engine import Engine, initialize_distributed, shutdown
 from quietgoose.train.evaluate_stage import load_tasks
 from quietgoose.train.facts import facts
-from quietgoose.train.loop import Data
 from quietgoose.train.recipe import Recipe
 from quietgoose.train.run_folder import RunFolder
 from quietgoose.train.settings import recipe_from_yaml
@@ -62,12 +62,12 @@ def with_variant(recipe: Recipe, change: dict[str, float]) -> Recipe:
     return dataclasses.replace(recipe, gates=dataclasses.replace(recipe.gates, train=changed))
 
 
-def fit(recipe: Recipe, device: torch.device, job: Any, data: Data, settings: Any, losses: list[float]) -> Any:
+def fit(recipe: Recipe, device: torch.device, job: Any, data: StepData, settings: Any, losses: list[float]) -> Any:
     """The gates of one variant, without checkpoints."""
     job.to(device)
     engine = Engine(
-        job, job.parameter_groups(), settings.optimizer, settings.steps, data.micro_count,  # type: ignore[attr-defined]
-        load_strategy(settings.strategy or recipe.strategy), data.names, device, micro_rows=data.share.rows,  # type: ignore[attr-defined]
+        job, job.parameter_groups(), settings.optimizer, settings.steps, data.micro_count,
+        load_strategy(settings.strategy or recipe.strategy), data.names, device, micro_rows=data.share.rows,
     )  # fmt: skip
     for step in range(settings.steps):
         losses.append(float(engine.step(data.step(step)).loss))
@@ -92,7 +92,8 @@ def context_of(recipe: Recipe, run: Path, device: torch.device, world: Any, loss
 def score(context: Context, gates: Path, tasks: list[Any], ks: list[int], with_oracle: bool) -> dict[str, Any]:
     """Arm -> macro mean and accuracy by task, on the tasks given."""
     base = the_base(context, "evaluate")
-    library = load_gates(gates, the_library(context, base, "evaluate", gates=False), the_sites(base))
+    sites = tuple(find_sites(base.model, ["all-linear"]))
+    library = load_gates(gates, the_library(context, base, "evaluate", gates=False), sites)
     arms: dict[str, Any] = {}
     limited: dict[str, Any] = {}
     for k in ks:
@@ -111,12 +112,6 @@ def score(context: Context, gates: Path, tasks: list[Any], ks: list[int], with_o
     for cell in results.cells:
         table[cell.arm][cell.task] = round(100 * cell.accuracy.value, 1)
     return {arm: {"mean": round(sum(row.values()) / len(row), 2), "tasks": row} for arm, row in table.items()}
-
-
-def the_sites(base: Any) -> tuple[Any, ...]:
-    from quietgoose.routing.sites import find_sites
-
-    return tuple(find_sites(base.model, ["all-linear"]))
 
 
 def main() -> None:
@@ -153,8 +148,7 @@ def main() -> None:
         write_json(options.out, report)
         means = {arm: row["mean"] for arm, row in rows.items()}
         print(f"{time.monotonic() - start:6.1f} s  {name:16s} {trained_seconds:5.1f} s  {means}", flush=True)
-    with suppress(Exception):
-        torch.distributed.destroy_process_group()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models of random weights, clocks, and the limit that bytes set: the instruments of kv_cache.py."""
+"""Models of random weights, clocks, and the limit that bytes set: the instruments of the KV benchmarks."""
 
 from __future__ import annotations
 

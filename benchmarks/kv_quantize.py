@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kv_cache_measure import copy_bandwidth
 from quietgoose.base.errors import ExitCode
 from quietgoose.kernels.quantize import BLOCK, append_packed, empty_arena
 from quietgoose.kernels.saliency import choose_probes, probe_saliency, select_salient
@@ -44,13 +45,6 @@ def timed(step: Callable[[], Any], repeats: int) -> dict[str, float]:
     times = torch.tensor([start.elapsed_time(end) for start, end in events])
     p20, median, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
     return {"median_ms": round(median, 4), "p20_ms": round(p20, 4), "p80_ms": round(p80, 4)}
-
-
-def copy_bandwidth(repeats: int) -> float:
-    """Bytes per second, read + written, of a 2 GiB device copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (timed(lambda: target.copy_(source), repeats)["median_ms"] / 1e3)
 
 
 class Layer:
@@ -188,7 +182,7 @@ def main() -> int:
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "ratio": RATIO,
     }  # fmt: skip
-    bandwidth = copy_bandwidth(given.repeats)
+    bandwidth = copy_bandwidth(torch.device("cuda"))
     report["copy_gb_per_s"] = round(bandwidth / 1e9)
     report["rows"], report["tuning"] = [], []
     with torch.inference_mode():

@@ -11,7 +11,7 @@ Called by transformers only; `hf_layer.py` does the work of a call that is ours.
 from __future__ import annotations
 
 import sys
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +21,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..base.errors import RecipeError
 
+if TYPE_CHECKING:
+    from .hf_layer import ZipLayer
+
 NAME = "quietgoose_zip"
 STOCK = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 DEFAULT_STOCK = "sdpa"
 HANDLE = "_quietgoose_layer"  # attribute of the key tensor that leads back to the cache layer
-
-
-class HandledLayer(Protocol):
-    """What the two functions need of a cache layer (`hf_layer.ZipLayer`)."""
-
-    def takes_stock_mask(self, query_length: int) -> bool: ...
-
-    def takes_chunk(self, query_length: int) -> bool: ...
-
-    def is_hidden_by(self, attention_mask: Tensor, query_length: int) -> bool: ...
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float | None,
-        extras: dict[str, Any],
-    ) -> Tensor: ...
 
 
 class SwitchedName(str):
@@ -62,9 +44,9 @@ class SwitchedName(str):
 class HandledLength(int):
     """A number of key columns that remembers which cache layer it was asked of."""
 
-    layer: HandledLayer
+    layer: ZipLayer
 
-    def __new__(cls, length: int, layer: HandledLayer) -> HandledLength:
+    def __new__(cls, length: int, layer: ZipLayer) -> HandledLength:
         made = super().__new__(cls, length)
         made.layer = layer
         return made
@@ -164,7 +146,7 @@ def zip_attention(
             code="CFG-062",
         )
     extras = {name: found for name, found in kwargs.items() if found is not None}
-    return cast(HandledLayer, layer).attend(module, query, key, value, attention_mask, scaling, extras), None
+    return cast("ZipLayer", layer).attend(module, query, key, value, attention_mask, scaling, extras), None
 
 
 def stock_attention(

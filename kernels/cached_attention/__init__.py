@@ -8,17 +8,14 @@ plain PyTorch twin. Mathematics, work distribution and instruction counts are in
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from ..dispatch import Implementation, takes_triton
 from ..quantize import PackedArena, UnsupportedShape
 from . import reference
 from .layout import MAX_QUERY, SaliencyBuffers, Tail
 from .reference import merge as _merge
-
-Implementation = Literal["auto", "reference", "triton"]
 
 __all__ = ["MAX_QUERY", "SaliencyBuffers", "Tail", "cached_attention", "merge"]
 
@@ -49,16 +46,13 @@ def cached_attention(
     Raises UnsupportedShape for tensors that do not fit, or for a shape that implementation="triton" does not take.
     """
     _check(query, high, low, tail, saliency, limits, share)
-    problem = _not_for_triton(query, high, low)
     options = {"scaling": scaling, "saliency": saliency, "limits": limits, "share": share}
-    if implementation == "reference" or (implementation == "auto" and (problem or not query.is_cuda)):
-        out, lse = reference.cached_attention(query, high, low, tail, **options)
-    elif problem:
-        raise UnsupportedShape(problem)
-    else:
+    if takes_triton(implementation, query, _not_for_triton(query, high, low)):
         from .launch import cached_attention as with_triton
 
         out, lse = with_triton(query, high, low, tail, **options)
+    else:
+        out, lse = reference.cached_attention(query, high, low, tail, **options)
     return (out, lse) if return_lse else out
 
 

@@ -6,16 +6,12 @@ both give the same codes bit for bit.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
+from ..dispatch import Implementation, UnsupportedShape, takes_triton
 from . import reference
-from .layout import BLOCK, MODEL_DTYPES, PackedArena, UnsupportedShape, empty_arena
+from .layout import BLOCK, MODEL_DTYPES, TRITON_HEAD_DIMS, PackedArena, empty_arena
 from .reference import dequantize, pack_codes, unpack_codes
-
-Implementation = Literal["auto", "reference", "triton"]
-TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 
 __all__ = [
     "BLOCK",
@@ -49,12 +45,9 @@ def append_packed(
     caller's duty: the reference raises ValueError where it lacks, the kernels drop what does not fit (they can not ask).
     """
     _check(high, low, key, value, salient, valid)
-    problem = _not_for_triton(key)
-    if implementation == "reference" or (implementation == "auto" and (problem or not key.is_cuda)):
+    if not takes_triton(implementation, key, _not_for_triton(key)):
         reference.append_packed(high, low, key, value, salient, valid)
         return
-    if problem:
-        raise UnsupportedShape(problem)
     from .triton_kernels import append_packed as append_with_triton
 
     append_with_triton(high, low, key, value, salient, valid)

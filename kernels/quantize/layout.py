@@ -19,14 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dispatch import UnsupportedShape
+
 BLOCK = 128  # slots of a block at most
 BITS = (2, 4, 16)
 PARAMETER_DTYPE = torch.float16
 MODEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class UnsupportedShape(ValueError):
-    """A shape, dtype or bit width that the kernels do not take; the message says which they take."""
+TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)  # of the quantize and saliency kernels
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,13 @@ Callers: cache/. CUDA tensors of a supported shape go to the Triton kernels, eve
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from ..quantize.layout import MODEL_DTYPES, UnsupportedShape
+from ..dispatch import Implementation, UnsupportedShape, takes_triton
+from ..quantize.layout import MODEL_DTYPES, TRITON_HEAD_DIMS
 from . import reference
 from .probes import SaliencyMode, choose_probes, num_probes, share
-
-Implementation = Literal["auto", "reference", "triton"]
-TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 
 __all__ = [
     "SaliencyMode",
@@ -56,13 +52,10 @@ def probe_saliency(
     _check(query, key, probes, valid)
     if mode in (SaliencyMode.RECENT, SaliencyMode.RANDOM):
         return reference.without_attention(valid, key.shape[1], mode, seed, sequence_id)
-    problem = _not_for_triton(query, key)
-    if implementation == "reference" or (implementation == "auto" and (problem or not key.is_cuda)):
+    if not takes_triton(implementation, key, _not_for_triton(query, key)):
         total = reference.probe_saliency(query, key, probes, valid, scaling=scaling, mode=mode, lse=lse)
         scores = reference.normalise(total, probes, valid, mode)
         return scores if key.dtype == torch.float64 else scores.float()
-    if problem:
-        raise UnsupportedShape(problem)
     from .triton_kernels import probe_saliency as with_triton
 
     return with_triton(query, key, probes, valid, scaling=scaling, mode=mode, lse=lse)
@@ -84,7 +77,7 @@ def select_salient(
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio = {ratio}: it must lie in 0 .. 1")
-    if implementation == "reference" or (implementation == "auto" and not saliency.is_cuda):
+    if not takes_triton(implementation, saliency):
         return reference.select_salient(saliency, valid, ratio, forced)
     from .triton_kernels import select_salient as with_triton
 

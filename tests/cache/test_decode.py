@@ -5,15 +5,10 @@ On a CPU the step runs uncaptured, on a GPU captured; the assertions are the sam
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: the kernels' tests run in this process
-
 from quietgoose.base.errors import RecipeError
 from quietgoose.cache.decode import compile_decode
 from quietgoose.cache.decode_fuse import inductor_options
@@ -57,6 +52,23 @@ def reference(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, ne
     return model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **options)
 
 
+def assert_steps_equal(
+    model: LlamaForCausalLM, decode: Any, cache: Any, ids: Any, mask: Any, *, steps: int, tolerance: float
+) -> None:
+    """Prefill and every greedy step of `decode` give the logits of the model's own forward over `cache`."""
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+    torch.testing.assert_close(decode.prefill(ids, mask), out.logits[:, -1])
+    for _ in range(steps):
+        token = out.logits[:, -1].argmax(-1)
+        mask = nn.functional.pad(mask, (0, 1), value=1)
+        with torch.no_grad():
+            place = mask.sum(1, keepdim=True) - 1
+            out = model(token[:, None], attention_mask=mask, position_ids=place, past_key_values=cache)
+        torch.testing.assert_close(decode.step(token), out.logits[:, -1], rtol=tolerance, atol=tolerance)
+
+
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     return tiny()
@@ -76,17 +88,7 @@ def test_static_logits_equal_the_models(model: LlamaForCausalLM) -> None:
     ids, mask = left_padded(3, 17)
     decode = compile_decode(model, StaticKV(model.config, capacity=64), fuse=False)
     cache = DynamicCache(config=model.config)
-    places = (mask.cumsum(1) - 1).clamp_min(0)
-    with torch.no_grad():
-        out = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
-    torch.testing.assert_close(decode.prefill(ids, mask), out.logits[:, -1])
-    for _ in range(6):
-        token = out.logits[:, -1].argmax(-1)
-        mask = nn.functional.pad(mask, (0, 1), value=1)
-        with torch.no_grad():
-            place = mask.sum(1, keepdim=True) - 1
-            out = model(token[:, None], attention_mask=mask, position_ids=place, past_key_values=cache)
-        torch.testing.assert_close(decode.step(token), out.logits[:, -1], rtol=1e-4, atol=1e-4)
+    assert_steps_equal(model, decode, cache, ids, mask, steps=6, tolerance=1e-4)
 
 
 def test_continuing_after_generation(model: LlamaForCausalLM) -> None:
@@ -243,17 +245,7 @@ def test_packed_decode_equals_eager_packed_decode(settings: dict[str, Any]) -> N
     ids, mask = left_padded(2, 19)
     eager = zip_cache(model, settings)
     decode = compile_decode(model, zip_cache(model, settings), fuse=False)
-    places = (mask.cumsum(1) - 1).clamp_min(0)
-    with torch.no_grad():
-        out = model(ids, attention_mask=mask, position_ids=places, past_key_values=eager)
-    torch.testing.assert_close(decode.prefill(ids, mask), out.logits[:, -1])
-    for _ in range(22):
-        token = out.logits[:, -1].argmax(-1)
-        mask = nn.functional.pad(mask, (0, 1), value=1)
-        with torch.no_grad():
-            place = mask.sum(1, keepdim=True) - 1
-            out = model(token[:, None], attention_mask=mask, position_ids=place, past_key_values=eager)
-        torch.testing.assert_close(decode.step(token), out.logits[:, -1], rtol=1e-3, atol=1e-3)
+    assert_steps_equal(model, decode, eager, ids, mask, steps=22, tolerance=1e-3)
     assert decode.cache.get_seq_length() == eager.get_seq_length() == 19 + 22
     assert decode.cache.nbytes() == eager.nbytes()
     for ours, theirs in zip(decode.cache.layers, eager.layers):

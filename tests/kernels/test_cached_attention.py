@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from quietgoose.kernels.cached_attention import SaliencyBuffers, Tail, cached_attention, merge
 from quietgoose.kernels.quantize import UnsupportedShape, append_packed, dequantize, empty_arena
 from quietgoose.kernels.testing import assert_close

@@ -9,9 +9,6 @@ import sys
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 pytest.importorskip("triton")
 
 from quietgoose.kernels.quantize import UnsupportedShape, append_packed, dequantize, empty_arena
