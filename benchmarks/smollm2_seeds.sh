@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of docs/results.md for several seeds, and ZeRO-2 and ZeRO-3 on two GPUs beside the first seed's losses.
 #
-#   benchmarks/smollm2_seeds.sh COLLECTION OUT [SEEDS...]      # one H100: about 8 minutes a seed
+#   benchmarks/smollm2_seeds.sh COLLECTION OUT [SEEDS...]      # one H100: about 5 minutes a seed
 #   ZERO=1 benchmarks/smollm2_seeds.sh COLLECTION OUT 0        # two GPUs: also the first 25 steps under zero2 and zero3
 #
 # Leaves OUT/seed<N>/stages/evaluate/result/results.json and OUT/zero{2,3}/events.jsonl (compare `losses` step by step).
