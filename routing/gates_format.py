@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..base.errors import ArtifactError, SecurityError
 from ..base.files import safe_name, write_atomic
+from ..base.tensor_file import read_tensors
 from .library import ExpertLibrary
 from .sites import Site
-from .tensor_file import read_tensors
 
 
 def save_gates(library: ExpertLibrary, path: Path) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..base.errors import ArtifactError, SecurityError
 from ..base.files import sha256_file, write_atomic, write_json
+from ..base.tensor_file import read_tensors
 from .adapter_config import AdapterConfig, read_adapter_config
 from .expert import Expert, ExpertCard, SiteAdapter
 from .sites import Site, target_names
-from .tensor_file import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

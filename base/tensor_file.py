@@ -1,7 +1,7 @@
 """Reading safetensors from outside: the header is checked in full before any tensor is made.
 
 Errors: SEC-003 (the file lies outside its folder), SEC-005 (names the tensor or header fault), EXP-001 (no such file).
-Callers: peft_format.py, gates_format.py.
+Callers: routing/, thoughts/.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ..base.errors import ArtifactError, SecurityError
-from ..base.files import inside
+from .errors import ArtifactError, SecurityError
+from .files import inside
 
 HEADER_LIMIT = 16 * 2**20
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
