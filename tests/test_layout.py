@@ -33,7 +33,7 @@ def test_transformers_does_not_import_a_room() -> None:
     """A root package named `kernels` on sys.path would be taken for the Hugging Face package of that name."""
     code = (
         "import sys, transformers, transformers.integrations\n"
-        "rooms = {'kernels', 'routing', 'train', 'launch', 'base', 'evaluation'} & set(sys.modules)\n"
+        "rooms = {'kernels', 'routing', 'thoughts', 'train', 'launch', 'base', 'evaluation'} & set(sys.modules)\n"
         f"bad = [r for r in rooms if str(getattr(sys.modules[r], '__file__', '')).startswith({str(ROOT)!r})]\n"
         "print(bad); raise SystemExit(bool(bad))"
     )

@@ -1,0 +1,179 @@
+"""The loss and every gradient equal plain autograd over one branch at a time; chunks change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from quietgoose.kernels.testing import assert_close
+from quietgoose.thoughts.anchors import term_counts
+from quietgoose.thoughts.config import ThoughtConfig, curriculum, preset
+from quietgoose.thoughts.gradient import Stream, thought_loss
+from quietgoose.thoughts.policy import ModelPolicy
+from torch import Tensor
+
+from .naive import TestRows, llama, naive_loss, packed, policy_of, qwen2
+
+# two documents, one and a padded one, and a row that is all padding
+ROWS = [[5, 4], [7], []]
+SMALL: dict[str, Any] = {"tokens": 2, "lookahead": 3, "samples": 2}
+DISTIL = curriculum(ThoughtConfig(samples=2), ((2, 3),)).stages[-1]
+CONFIGS = {
+    "default": preset("default", **SMALL),
+    "bounded": preset("default", **SMALL, head="bounded", initial_weight=0.3, banned=(0, 1, 7)),
+    "one token, one position": preset("default", tokens=1, lookahead=1, samples=3),
+    "paper": preset("paper", **SMALL, beta=3.0),
+    "int8 rollout": preset("default", **SMALL, rollout_cache="int8"),
+    "int4 rollout": preset("default", **SMALL | {"tokens": 4}, rollout_cache="int4", ratio_cap=1.001),
+    "rlp off policy": preset("rlp", tokens=4, samples=3, rollout_cache="int4", clip=0.01),
+    "rlp": preset("rlp", tokens=2, samples=3),
+    "leave one out": preset("default", **SMALL | {"samples": 3}, advantage="leave_one_out", ratio_cap=None),
+    "no policy": preset("default", **SMALL, control="no_policy"),
+    "pause": preset("default", **SMALL, control="pause"),
+    "random thoughts": preset("default", **SMALL, control="random_thoughts"),
+    "every other": preset("default", **SMALL, anchors="every_n", every=2),
+    "distil": DISTIL,
+}  # fmt: skip
+
+
+def weights_of(config: ThoughtConfig, rows: TestRows) -> Tensor:
+    counts = term_counts(config, rows, seed=3, step=0)
+    return (torch.tensor(config.coefficients(), dtype=torch.float64) / counts.clamp_min(1)).float()
+
+
+def gradients(policy: ModelPolicy, total: Tensor) -> dict[str, Tensor]:
+    named = [*policy.model.named_parameters(), *policy.parameters.named_parameters()]
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    found = torch.autograd.grad(total, [p for _, p in trained], allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained, found)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("make", [llama, qwen2])
+def test_equals_plain_autograd(name, make) -> None:
+    config, rows = CONFIGS[name], packed(ROWS, 10, unlabelled=1)
+    policy = policy_of(make(), config, wide=True)
+    weights = weights_of(config, rows)
+    loss = thought_loss(policy, rows, config, weights, Stream(3, 0), chunk=4)
+    want_total, want_sums = naive_loss(policy, rows, config, weights, loss.thoughts)
+    for index in range(4):
+        wanted = config.coefficients()[index] or index == 1 or index == 0
+        if wanted:
+            torch.testing.assert_close(loss.sums[index].double(), want_sums[index], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss.total.detach().double(), want_total.detach(), rtol=1e-6, atol=1e-6)
+    got, want = gradients(policy, loss.total), gradients(policy, want_total)
+    scale = max(float(g.norm()) for g in want.values())
+    assert scale > 1e-3
+    for key, gradient in want.items():
+        assert float((got[key] - gradient).norm()) <= 1e-6 * max(float(gradient.norm()), 1e-3 * scale), key
+
+
+@pytest.mark.parametrize("anchors", [{}, {"anchors": "random", "share": 0.5}, {"limit": 3}])
+def test_rows_of_one_document(anchors) -> None:
+    """Every position an anchor of one document: the attention takes its stock causal path."""
+    config, rows = preset("default", **SMALL, **anchors), packed([[9], [9]], 9)
+    policy = policy_of(llama(), config, wide=True)
+    weights = weights_of(config, rows)
+    for chunk in (None, 4):
+        loss = thought_loss(policy, rows, config, weights, Stream(3, 0), chunk=chunk)
+        assert (loss.thoughts.anchors.consecutive_from == 0) == (not anchors)
+        want_total, _ = naive_loss(policy, rows, config, weights, loss.thoughts)
+        got, want = gradients(policy, loss.total), gradients(policy, want_total)
+        for key in want:
+            assert_close(key, got[key], want[key], limit=1e-6)
+
+
+@pytest.mark.parametrize("name", ["default", "rlp", "distil", "bounded"])
+def test_fp32_within_the_table(name) -> None:
+    config, rows = CONFIGS[name], packed(ROWS, 10)
+    policy = policy_of(llama(), config)
+    weights = weights_of(config, rows)
+    loss = thought_loss(policy, rows, config, weights, Stream(3, 0), chunk=3)
+    want_total, want_sums = naive_loss(policy, rows, config, weights, loss.thoughts)
+    assert_close("sums", loss.sums[:2], want_sums[:2])
+    got, want = gradients(policy, loss.total), gradients(policy, want_total)
+    scale = max(float(g.norm()) for g in want.values())
+    for key, gradient in want.items():
+        assert float((got[key] - gradient).norm()) <= 1e-4 * max(float(gradient.norm()), 1e-2 * scale), key
+
+
+@pytest.mark.parametrize("name", ["default", "paper", "rlp", "distil", "bounded"])
+def test_chunks_change_nothing(name) -> None:
+    config, rows = CONFIGS[name], packed(ROWS, 10)
+    policy = policy_of(llama(), config, wide=True)
+    weights = weights_of(config, rows)
+    results = []
+    for chunk, rollout_chunk in ((None, None), (7, 3), (1, 1)):
+        loss = thought_loss(
+            policy, rows, config, weights, Stream(3, 0), chunk=chunk, rollout_chunk=rollout_chunk, measure_gap=True
+        )
+        results.append((loss, gradients(policy, loss.total)))
+    first, want = results[0]
+    for loss, got in results[1:]:
+        assert torch.equal(loss.thoughts.tokens_BAST, first.thoughts.tokens_BAST)
+        assert_close("logprob", loss.thoughts.logprob_BAST, first.thoughts.logprob_BAST, limit=1e-6)
+        assert_close("sums", loss.sums, first.sums, limit=1e-6)
+        assert_close("stats", loss.stats[:-3], first.stats[:-3], limit=1e-6)
+        for key in want:
+            assert_close(key, got[key], want[key], limit=1e-6)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_frozen_model_trains_thoughts_only(freeze) -> None:
+    config, rows = CONFIGS["default"], packed(ROWS, 10)
+    policy = policy_of(llama(), config, wide=True)
+    weights = weights_of(config, rows)
+    full = thought_loss(policy, rows, config, weights, Stream(3, 0))
+    want = gradients(policy, full.total)
+    policy.model.requires_grad_(not freeze)
+    loss = thought_loss(policy, rows, config, weights, Stream(3, 0), chunk=2)
+    got = gradients(policy, loss.total)
+    assert len(got) == (6 if freeze else len(want))
+    for key in got:
+        assert_close(key, got[key], want[key], limit=1e-6)
+
+
+def test_the_outer_scale_reaches_every_gradient() -> None:
+    """DeepSpeed multiplies the loss before backward."""
+    config, rows = CONFIGS["default"], packed(ROWS, 10)
+    policy = policy_of(llama(), config)
+    weights = weights_of(config, rows)
+    one = gradients(policy, thought_loss(policy, rows, config, weights, Stream(3, 0)).total)
+    many = gradients(policy, thought_loss(policy, rows, config, weights, Stream(3, 0)).total * 8.0)
+    for key in one:
+        assert_close(key, many[key], 8.0 * one[key], limit=1e-6)
+
+
+def test_recomputing_activations_keeps_the_prefix() -> None:
+    config, rows = CONFIGS["default"], packed(ROWS, 10)
+    policy = policy_of(llama(), config, wide=True)
+    weights = weights_of(config, rows)
+    want = gradients(policy, thought_loss(policy, rows, config, weights, Stream(3, 0)).total)
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.model.train()
+    loss = thought_loss(policy, rows, config, weights, Stream(3, 0), chunk=3)
+    got = gradients(policy, loss.total)
+    for key in want:
+        assert_close(key, got[key], want[key], limit=1e-6)
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    config, rows = CONFIGS["default"], packed(ROWS, 10)
+    policy = policy_of(llama(), config)
+    weights = weights_of(config, rows)
+    with torch.no_grad():
+        loss = thought_loss(policy, rows, config, weights, Stream(3, 0))
+    assert not loss.total.requires_grad
+    again = thought_loss(policy, rows, config, weights, Stream(3, 0))
+    torch.testing.assert_close(loss.total, again.total.detach())
+
+
+def test_a_batch_without_labels_is_finite() -> None:
+    config, rows = CONFIGS["default"], packed(ROWS, 10)
+    rows = dataclasses.replace(rows, labels_BT=torch.full_like(rows.labels_BT, -100))
+    policy = policy_of(llama(), config)
+    loss = thought_loss(policy, rows, config, torch.ones(4), Stream(3, 0))
+    assert loss.sums.tolist() == [0, 0, 0, 0]
+    assert all(float(g.abs().max()) == 0 for g in gradients(policy, loss.total).values())

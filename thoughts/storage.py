@@ -1,0 +1,88 @@
+"""Keys and values of thoughts while they are sampled: static buffers, one slot a position, exact or in few bits.
+
+The gradient pass never reads them. Quantised, each token and head has its own fp16 scale, so appending a position never
+touches an earlier one and nothing is quantised twice; one layer at a time is turned back for its attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..base.errors import RecipeError
+from .config import RolloutCache
+
+LEVELS: dict[str, int] = {"int8": 127, "int4": 7}
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One buffer. exact: values [B, K, A, S, N, C]; else codes int8 [.., C] (int4: [.., C / 2]) and scales [.., 1]."""
+
+    values: Tensor
+    scales: Tensor | None
+
+
+class ThoughtStore:
+    """Buffers of all layers for the branches of A anchors and S samples, N slots each."""
+
+    def __init__(
+        self,
+        kind: RolloutCache,
+        layers: int,
+        shape: tuple[int, int, int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """shape = (B, K, A, S, N, C). RecipeError CFG-084: int4 with an odd C."""
+        if kind == "int4" and shape[-1] % 2:
+            raise RecipeError(f"thoughts.rollout_cache int4 needs an even head size, not {shape[-1]}", code="CFG-084")
+        self.kind, self.dtype = kind, dtype
+        self._keys = [self._empty(shape, device) for _ in range(layers)]
+        self._values = [self._empty(shape, device) for _ in range(layers)]
+
+    def append(self, layer: int, slot: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write key and value [B, K, A, S, 1, C] into `slot` (int64, one element, on the device); the layer's keys and
+        values [B, K, A, S, N, C]. Slots not written yet hold zeros or an earlier rollout's numbers."""
+        pairs = ((self._keys[layer], key), (self._values[layer], value))
+        return tuple(self._put(codes, slot, x) for codes, x in pairs)  # type: ignore[return-value]
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        tensors = [t for codes in (*self._keys, *self._values) for t in (codes.values, codes.scales) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _empty(self, shape: tuple[int, ...], device: torch.device) -> Codes:
+        if self.kind == "exact":
+            return Codes(torch.zeros(shape, dtype=self.dtype, device=device), None)
+        width = shape[-1] // (2 if self.kind == "int4" else 1)
+        scale_dtype = torch.float32 if self.dtype == torch.float64 else torch.float16
+        return Codes(
+            torch.zeros(*shape[:-1], width, dtype=torch.int8, device=device),
+            torch.zeros(*shape[:-1], 1, dtype=scale_dtype, device=device),
+        )
+
+    def _put(self, codes: Codes, slot: Tensor, x: Tensor) -> Tensor:
+        if codes.scales is None:
+            codes.values.index_copy_(4, slot, x.to(self.dtype))
+            return codes.values
+        levels = LEVELS[self.kind]
+        scale = (x.float().abs().amax(-1, keepdim=True) / levels).clamp_min(1e-6).to(codes.scales.dtype)
+        steps = (x.float() / scale.float()).round().clamp(-levels, levels).to(torch.int8)
+        codes.scales.index_copy_(4, slot, scale)
+        codes.values.index_copy_(4, slot, _pack(steps) if self.kind == "int4" else steps)
+        stored = _unpack(codes.values) if self.kind == "int4" else codes.values
+        return (stored.to(torch.float32) * codes.scales.float()).to(self.dtype)
+
+
+def _pack(steps: Tensor) -> Tensor:
+    """Two signed 4-bit numbers a byte: the first half of the channels in the low nibble."""
+    low, high = steps.chunk(2, dim=-1)
+    return (low & 15) | (high << 4)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """The inverse; shifts of int8 keep the sign."""
+    return torch.cat([(packed << 4) >> 4, packed >> 4], dim=-1)
