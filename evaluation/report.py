@@ -1,20 +1,14 @@
 """report.html: one self-contained page - results, tokens coloured by their experts, layers, loss curves.
 
-No network, no outside resource: a content policy allows exactly this page's own style and script by their
-hashes. The data stand as JSON in an inert block with `<`, `>` and `&` escaped; the script puts text in by
-textContent only, and characters that would change direction or hide are spelt out. Called by the pipeline at
-the end of a run:
+How a page is made safe stands in page.py. Called by the pipeline at the end of a run:
 
     write_report(folder / "report.html", title, results=results, traces=traces, events=read_events(path))
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +18,11 @@ import numpy as np
 
 from ..base.errors import DataError
 from ..base.files import write_atomic
+from .page import render
 from .results import Results
 from .tables import to_json
 
-TEMPLATE = Path(__file__).with_name("report.html")
+FRAGMENT = Path(__file__).with_name("report.html")
 MAX_BYTES = 300_000
 MAX_POINTS = 150
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -88,41 +83,16 @@ def write_report(
     for trace in shown:
         for site in trace["sites"]:
             site["top"] = _packed(site["top"])
-    text = render(page)
+    text = render(FRAGMENT, page)
     left_out = 0
     while len(text.encode()) > MAX_BYTES and left_out < len(shown):
         left_out += 1
         shown[-left_out]["sites"] = []
         which = f"the last {left_out} of {len(shown)} prompts"
         page["notes"] = [*said, f"Left out to keep this page small: the modules of {which}."]
-        text = render(page)
+        text = render(FRAGMENT, page)
     write_atomic(path, text)
     return path
-
-
-def render(page: Mapping[str, Any]) -> str:
-    """The template with its data and the hashes of its own style and script."""
-    template = TEMPLATE.read_text(encoding="utf-8")
-    style = _between(template, "<style>", "</style>")
-    script = _between(template, "<script>", "</script>")
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    encoded = json.dumps(_visible_all(page), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
-    return template.replace("@POLICY@", policy, 1).replace("@DATA@", encoded, 1)
-
-
-def visible(text: str) -> str:
-    """Controls, direction overrides and other format characters as `\\u202e`; line breaks and letters
-    unchanged."""
-
-    def hidden(character: str) -> bool:
-        return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co"} and character != "\n"
-
-    return "".join(f"\\u{ord(c):04x}" if hidden(c) else c for c in text)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -232,25 +202,3 @@ def _heat(traces: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     layers = sorted(first)
     share = [np.round(first[layer] / max(first[layer].sum(), 1), 4).tolist() for layer in layers]
     return {"experts": experts, "layers": layers, "share": share}
-
-
-def _visible_all(value: Any) -> Any:
-    """The JSON value with all texts made visible and null for numbers that JSON lacks."""
-    if isinstance(value, str):
-        return visible(value)
-    if isinstance(value, Mapping):
-        return {visible(str(key)): _visible_all(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_visible_all(entry) for entry in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
-
-
-def _between(text: str, start: str, end: str) -> str:
-    first = text.index(start) + len(start)
-    return text[first : text.index(end, first)]
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

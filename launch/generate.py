@@ -2,9 +2,11 @@
 
     python launch/generate.py --model runs/nano_demo/export --prompt "Once" --kv-cache zipcache --kv-policy quality
     python launch/generate.py --model FOLDER --prompts prompts.jsonl --kv-cache dynamic --json
+    python launch/generate.py --model runs/nano_demo/export --prompt "Once" --thoughts --thoughts-html thoughts.html
 
 A line of prompts.jsonl is {"prompt": "..."}. Text streams as it is made; tokens a second and the bytes of the cache
-follow on stderr. Only safetensors are read and no code that comes with a model is run.
+follow on stderr. An export with a `thoughts` stage can think before each token (generate_thoughts.py). Only safetensors
+are read and no code that comes with a model is run.
 """
 
 from __future__ import annotations
@@ -20,9 +22,19 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from quietgoose.base.errors import DataError, QuietGooseError, RecipeError
+from quietgoose.launch.generate_thoughts import (
+    Thinking,
+    add_traces,
+    check_thinks,
+    print_thoughts,
+    thinking_of,
+    told,
+    write_page,
+)
 
 KVCache = Literal["zipcache", "dynamic", "static"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+BARE = {"json": "true", "show_thoughts": "true", "thoughts": "trained"}  # what an option without a value stands for
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Request:
     max_new_tokens: int
     temperature: float
     sequences: int
+    thinking: Thinking | None
 
 
 @dataclass(frozen=True)
@@ -47,10 +60,11 @@ class Answer:
     cache_bytes: int
     cache_tokens: int
     cache: str
+    thoughts: list[list[dict[str, Any]]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         speed = {"tokens_per_second": self.new_tokens / self.seconds if self.seconds else 0.0}
-        return vars(self) | speed
+        return {name: value for name, value in vars(self).items() if name != "thoughts" or value is not None} | speed
 
 
 def generate(
@@ -66,6 +80,12 @@ def generate(
     device: str = "auto",
     dtype: Dtype = "auto",
     json: bool = False,
+    thoughts: str = "off",
+    think_at: str | None = None,
+    thought_samples: int = 1,
+    thought_temperature: float = 0.0,
+    show_thoughts: bool = False,
+    thoughts_html: str | None = None,
 ) -> None:
     """Generate text.
 
@@ -82,20 +102,36 @@ def generate(
         device: auto, cpu, cuda, cuda:1, ...
         dtype: of the weights; auto is what an export says, otherwise bfloat16 on a GPU and float32 on a CPU
         json: print one JSON object for all prompts instead of text
+        thoughts: think before the new tokens, T thought tokens each; as many as were trained if T is left out. Each of the
+            options below switches thinking on too
+        think_at: every, never, or entropy>x: only where the ordinary prediction has more than x nats of entropy
+        thought_samples: thoughts before a token, whose predictions are averaged
+        thought_temperature: of the thoughts; 0 is greedy
+        show_thoughts: print the thoughts after the text, or put them into the JSON
+        thoughts_html: write prompts and continuations here, coloured by what thoughts change, with all thoughts
     """
-    wanted = _checked(kv_cache, kv_policy, max_new_tokens, temperature, num_return_sequences)
+    thinking = thinking_of(
+        thoughts, think_at, thought_samples, thought_temperature, show_thoughts, thoughts_html, seed
+    )  # fmt: skip
+    wanted = _checked(kv_cache, kv_policy, max_new_tokens, temperature, num_return_sequences, thinking)
     texts = _read_prompts(prompt, prompts)
     where = _device(device)
-    loaded, tokenizer = _load(model, where, dtype)
+    loaded, tokenizer = _load(model, where, dtype, thinks=thinking is not None)
+    if thinking is not None:
+        check_thinks(loaded, model)
     import torch
 
     torch.manual_seed(seed)
     answers = []
-    for text in texts:
-        answer = _continue(loaded, tokenizer, text, wanted, stream=not json)
+    for number, text in enumerate(texts, 1):
+        answer = _continue(loaded, tokenizer, text, wanted, f"Prompt {number}", stream=not json)
         answers.append(answer)
         if not json:
+            print_thoughts(answer.thoughts or [])
             _print_facts(answer)
+    if thinking is not None and thinking.page is not None:
+        write_page(thinking, loaded, model)
+        print(f"{thinking.page}: open it in a browser", file=sys.stderr)
     if json:
         print(_json({"model": model, "device": where, "seed": seed, "answers": [a.to_dict() for a in answers]}))
 
@@ -112,19 +148,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(words: list[str]) -> list[str]:
-    """Our options as jsonargparse knows them: --kv-cache is --kv_cache, a bare --json is --json=true."""
+    """Our options as jsonargparse knows them: --kv-cache is --kv_cache, a bare --json is --json=true (BARE)."""
     names = inspect.signature(generate).parameters
     found = []
-    for word in words:
+    for word, following in zip(words, [*words[1:], "--"]):
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if word.startswith("--") and name in names:
-            word = f"--{name}{equals}{value}" if name != "json" or equals else "--json=true"
+            bare = name in BARE and not equals and (name != "thoughts" or following.startswith("--"))
+            word = f"--{name}={BARE[name]}" if bare else f"--{name}{equals}{value}"
         found.append(word)
     return found
 
 
-def _checked(kv_cache: str, policy: str, new_tokens: int, temperature: float, sequences: int) -> Request:
+def _checked(
+    kv_cache: str, policy: str, new_tokens: int, temperature: float, sequences: int, thinking: Thinking | None
+) -> Request:
     if new_tokens < 1:
         raise RecipeError(f"--max-new-tokens {new_tokens}: at least 1", code="CFG-080")
     if not 0.0 <= temperature <= 100.0:
@@ -141,7 +180,7 @@ def _checked(kv_cache: str, policy: str, new_tokens: int, temperature: float, se
         from quietgoose.cache.policy import resolve_policy
 
         resolve_policy(policy)
-    return Request(kv_cache, policy, new_tokens, temperature, sequences)
+    return Request(kv_cache, policy, new_tokens, temperature, sequences, thinking)
 
 
 def _read_prompts(prompt: str | None, file: str | None) -> list[str]:
@@ -185,7 +224,7 @@ def _device(wanted: str) -> str:
     return wanted
 
 
-def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+def _load(model: str, device: str, dtype: str, *, thinks: bool) -> tuple[Any, Any]:
     """(model in eval mode on the device, tokenizer)."""
     import torch
 
@@ -193,7 +232,8 @@ def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     if (folder / "quietgoose.json").is_file():
         from quietgoose.train.export import load, load_tokenizer
 
-        loaded, tokenizer = load(folder, device=device), load_tokenizer(folder)
+        loaded = load(folder, device=device, thoughts=True if thinks else None)
+        tokenizer = load_tokenizer(folder)
         return (loaded if dtype == "auto" else loaded.to(getattr(torch, dtype))).eval(), tokenizer
     if not folder.is_dir():
         raise RecipeError(f"--model {model}: no such folder; an export or a Hugging Face folder", code="CFG-083")
@@ -205,7 +245,7 @@ def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     return base.model, base.tokenizer
 
 
-def _continue(model: Any, tokenizer: Any, prompt: str, wanted: Request, *, stream: bool) -> Answer:
+def _continue(model: Any, tokenizer: Any, prompt: str, wanted: Request, label: str, *, stream: bool) -> Answer:
     import torch
     from transformers import TextStreamer
 
@@ -219,6 +259,9 @@ def _continue(model: Any, tokenizer: Any, prompt: str, wanted: Request, *, strea
         options |= {"temperature": wanted.temperature, "top_k": 0, "top_p": 1.0}
     if live:
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    thinking = wanted.thinking
+    if thinking is not None:
+        options["thoughts"] = thinking.fresh()
     started = time.perf_counter()
     with torch.inference_mode():
         rows, cache = _prepare(model, ids, wanted)
@@ -243,7 +286,10 @@ def _continue(model: Any, tokenizer: Any, prompt: str, wanted: Request, *, strea
             print(f"--- {number}\n{text}")
     used = _cache_bytes(made.past_key_values)
     columns = int(made.past_key_values.get_seq_length()) * rows.shape[0]
-    return Answer(prompt, texts, new.numel(), seconds, used, columns, wanted.kv_cache)
+    said = told(tokenizer, new, made.thoughts) if thinking is not None and thinking.show else None
+    if thinking is not None and thinking.page is not None:
+        add_traces(thinking, model, tokenizer, made.sequences, ids.shape[1], label)
+    return Answer(prompt, texts, new.numel(), seconds, used, columns, wanted.kv_cache, said)
 
 
 def _prepare(model: Any, ids: Any, wanted: Request) -> tuple[Any, Any]:

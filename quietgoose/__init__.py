@@ -10,7 +10,7 @@ from typing import Any
 
 from .version import __version__
 
-__all__ = ["ZipCache", "__version__", "compile_decode", "load", "load_tokenizer", "merge"]
+__all__ = ["ThoughtGeneration", "ZipCache", "__version__", "compile_decode", "load", "load_tokenizer", "merge"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from . import cache
 
         return getattr(cache, name)
+    if name == "ThoughtGeneration":
+        from .thoughts import generation
+
+        return generation.ThoughtGeneration
     raise AttributeError(f"module 'quietgoose' has no attribute {name!r}")

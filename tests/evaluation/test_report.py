@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from quietgoose.base.errors import DataError
 from quietgoose.evaluation import report
-from quietgoose.evaluation.report import MAX_BYTES, Trace, curves, read_events, visible, write_report
+from quietgoose.evaluation.page import visible
+from quietgoose.evaluation.report import MAX_BYTES, Trace, curves, read_events, write_report
 from quietgoose.evaluation.results import ItemScores, Results, summarise
 from quietgoose.evaluation.tasks import make_task
 
-HOSTILE = [
-    "</script><script>document.title='owned'</script>",
-    "<img src=x onerror=\"document.title='owned'\">",
-    "<!--<script>",
-    "a\u202eb\u2066c\u200bd\x00e",
-    "&lt;b&gt;",
-    "\u2028",
-]
-
-
-class Page(HTMLParser):
-    """Tags with attributes, and the text of the data block."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.data = ""
-        self.inside = False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.inside = dict(attrs).get("id") == "data"
-
-    def handle_endtag(self, tag):
-        self.inside = False
-
-    def handle_data(self, data):
-        self.data += data if self.inside else ""
+from .pages import HOSTILE, Page, browse, outside
 
 
 def trace(tokens: list[str], layers: int = 2, experts: tuple[str, ...] = ("one", "two")) -> Trace:
@@ -92,18 +61,8 @@ def test_hostile_text_is_inert(tmp_path):
 
 
 def test_nothing_from_outside(tmp_path):
-    text = write_report(tmp_path / "r.html", "t", traces=[trace(["a"])]).read_text(encoding="utf-8")
-    page = Page(text)
-    outside = {"src", "href", "action", "data", "srcset", "background", "poster"}
-    assert not [tag for tag, attributes in page.tags if outside & set(attributes)]
-    assert not [tag for tag, _ in page.tags if tag in {"link", "iframe", "object", "embed", "img", "base", "form"}]
-    urls = set(re.findall(r"https?://[^\"'\s)]+", text))
-    assert urls == {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|@import|url\(", text)
-    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy is not None
-    assert policy.startswith("default-src 'none'; style-src 'sha256-")
-    assert "unsafe" not in policy
+    path = write_report(tmp_path / "r.html", "t", traces=[trace(["a"])])
+    assert outside(path.read_text(encoding="utf-8")) == {"http://www.w3.org/2000/svg"}
 
 
 def test_numbers_arrive(tmp_path):
@@ -191,16 +150,3 @@ def test_a_real_browser_shows_hostile_text_literally(tmp_path):
     assert (options[1]["aria-label"] or "").startswith(HOSTILE[1])
     assert sum(attributes.get("tabindex") == "0" for attributes in options) == 1
     assert sum(tag == "svg" for tag, _ in page.tags) == 1
-
-
-def browse(path: Path, profile: Path) -> str:
-    quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage"]
-    command = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--no-first-run",
-        *(f"--disable-{name}" for name in quiet),
-    ]
-    command += [f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom", path.as_uri()]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout

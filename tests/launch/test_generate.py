@@ -10,10 +10,13 @@ from quietgoose.launch.generate import main
 from quietgoose.routing.expert import Expert, ExpertCard, SiteAdapter
 from quietgoose.routing.library import ExpertLibrary
 from quietgoose.routing.sites import find_sites
+from quietgoose.thoughts.config import ThoughtConfig
+from quietgoose.thoughts.parameters import ThoughtParameters
 from quietgoose.train.base_models import load_base
-from quietgoose.train.export import Provenance, export_model
+from quietgoose.train.export import Provenance, export_model, load
 from quietgoose.train.nano import nano_tokenizer
 from quietgoose.train.recipe import BaseSettings, RouterSettings
+from quietgoose.train.thought_model import Thinking
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -86,7 +89,8 @@ def test_prompts_from_a_file(folder, tmp_path, capsys):
     assert [answer["prompt"] for answer in found] == ["one", "two two"]
 
 
-def test_an_export(folder, tmp_path, capsys):
+def export_to(path, folder, thinking=None):
+    """Two random experts with gates over the model in `folder`; the base as it was loaded."""
     loaded = load_base(BaseSettings(model=str(folder)))
     sites = find_sites(loaded.model, ["all-linear"])
     random = torch.Generator().manual_seed(0)
@@ -100,15 +104,42 @@ def test_an_export(folder, tmp_path, capsys):
         Expert(ExpertCard(name, 2, 2.0, targets), adapters).with_gates({s.name: draw(s.in_features) for s in sites})
         for name in ("a", "b")
     ]
-    export_model(
-        tmp_path / "out", loaded, ExpertLibrary(experts), RouterSettings("phatgoose", 2), Provenance({}, {}), folder
-    )
+    settings = RouterSettings("phatgoose", 2)
+    export_model(path, loaded, ExpertLibrary(experts), settings, Provenance({}, {}), folder, thinking)
+
+
+def test_an_export(folder, tmp_path, capsys):
+    export_to(tmp_path / "out", folder)
     common = ("--model", tmp_path / "out", "--prompt", "words " * 12, "--max-new-tokens", "10", "--device", "cpu")
     texts = [
         answers(capsys, *common, "--kv-cache", name, "--kv-policy", "lossless")[0]["texts"]
         for name in ("zipcache", "dynamic")
     ]
     assert texts[0] == texts[1]
+    assert main([*map(str, common), "--thoughts"]) == 2
+    assert "this export has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("over", ["routed", "base"])
+def test_an_export_that_thinks(folder, tmp_path, capsys, over):
+    config = ThoughtConfig(tokens=3)
+    torch.manual_seed(1)
+    parameters = ThoughtParameters(torch.randn(128), torch.randn(128), config, 0)
+    export_to(tmp_path / "out", folder, Thinking(over, config, parameters, None, "embeddings"))
+    given = ("--model", tmp_path / "out", "--prompt", "some words", "--max-new-tokens", "6", "--device", "cpu")
+    page = tmp_path / "thoughts.html"
+    found = answers(capsys, *given, "--kv-cache", "dynamic", "--thoughts", "--show-thoughts", "--thoughts-html", page)[
+        0
+    ]
+    model, tokenizer = load(tmp_path / "out", thoughts=True, device="cpu"), nano_tokenizer(512)
+    out = model.generate(
+        **tokenizer("some words", return_tensors="pt"), thoughts={"return_thoughts": True}, max_new_tokens=6,
+        do_sample=False, pad_token_id=256,
+    )  # fmt: skip
+    assert found["texts"] == tokenizer.batch_decode(out.sequences[:, 10:], skip_special_tokens=True)
+    said = [entry["thoughts"][0]["text"] for entry in found["thoughts"][0]]
+    assert said == [tokenizer.decode(ids) for ids in out.thoughts.tokens_BNST[0, :, 0].tolist()]
+    assert page.is_file()
 
 
 BAD = {
