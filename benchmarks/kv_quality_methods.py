@@ -50,7 +50,7 @@ SIXTEEN = Method("16 bit", "dynamic", {}, "16 bit", 1, True)
 
 METHODS: list[Method] = [
     SIXTEEN,
-    preset("quality", seeds=3), preset("paper", seeds=3), preset("default"), preset("small"), preset("lossless"),
+    preset("quality"), preset("paper", seeds=3), preset("default"), preset("small"), preset("lossless"),
     kivi(4, 32, long=True), kivi(2, 32, long=True), kivi(4, 32, value_bits=2), kivi(2, 32, value_bits=4),
     hugging_face("quanto", 4, long=True), hugging_face("quanto", 2), hugging_face("hqq", 4, long=True), hugging_face("hqq", 2),
     kivi(4, 128), importance("H2O 40 %", "h2o", long=True, heavy_ratio=0.2, recent_ratio=0.2),
@@ -60,6 +60,10 @@ METHODS: list[Method] = [
     zip_method("zip 60 % row_length", family="control", salient_ratio=0.6, saliency="row_length"),
     zip_method("zip 60 % accumulated", family="control", salient_ratio=0.6, saliency="accumulated"),
     zip_method("zip 60 % recent", family="control", salient_ratio=0.6, saliency="recent"),
+    zip_method("zip 4/4 queries", salient_ratio=1.0, low_bits=4, rounding="queries"),
+    zip_method("zip 4/4 s16 queries", salient_ratio=1.0, low_bits=4, sink_tokens=16, rounding="queries"),
+    zip_method("zip 80 % queries", salient_ratio=0.8, rounding="queries"),
+    zip_method("zip 60 % queries", salient_ratio=0.6, rounding="queries"),
     zip_method("zip 4/4", long=True, salient_ratio=1.0, low_bits=4), zip_method("zip 80 %", salient_ratio=0.8),
     zip_method("zip 60 %", salient_ratio=0.6), zip_method("zip 40 %", salient_ratio=0.4), zip_method("zip 2/2", salient_ratio=0.0),
     kivi(2, 128),

@@ -96,7 +96,7 @@ class Layer:
         """What each step must at least read and write."""
         kv_heads, width = self.key.shape[1], self.key.shape[3]
         count = int(self.valid.sum()) * kv_heads
-        kept = count * width * 2 * (4 * RATIO + 2 * (1 - RATIO)) / 8 + count * 4 + count / BLOCK * width * 6
+        kept = count * width * 2 * (4 * RATIO + 2 * (1 - RATIO)) / 8 + count * 4 + count / BLOCK * width * 4
         return {
             "saliency": 2 * self.key.numel() + 2 * self.rows.numel() + 4 * self.scores.numel(),
             "select": 5 * self.scores.numel(),

@@ -17,7 +17,7 @@ from .policy import Policy
 GROWTH = 1.5
 SLOT_STEP = 16  # capacities are multiples of this
 SLOT_AXIS = {"key_codes": 2, "value_codes": 2, "value_scale": 2, "value_min": 2}
-BLOCK_AXIS = {"key_scale": 2, "key_min": 2, "value_channel": 2}
+BLOCK_AXIS = {"key_scale": 2, "key_min": 2}
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def copy_into(target: PackedArena, source: PackedArena, room: Room | None = None
     target.block_start.copy_(length.expand_as(target.block_start))
     target.block_start[:, : blocks + 1] = source.block_start[:, : blocks + 1]
     target.num_blocks.copy_(source.num_blocks)
+    target.value_channel.copy_(source.value_channel)
     return target
 
 

@@ -99,7 +99,8 @@ def warn_without_queries() -> None:
     """Once a process: Python's default filter shows a warning of one place once."""
     warnings.warn(
         "ZipCache stores tokens without seeing their queries (another attention implementation is in use): salient "
-        "tokens are evenly spaced instead of chosen by attention. Use attn_implementation='quietgoose_zip'",
+        "tokens are evenly spaced instead of chosen by attention, and keys are rounded to nearest. Use "
+        "attn_implementation='quietgoose_zip'",
         UserWarning,
         stacklevel=2,
     )

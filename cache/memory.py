@@ -63,6 +63,8 @@ def store_bytes(store: PackedStore) -> Bytes:
                 part = blocks * _bytes_per(tensor) if tensor.shape[2] else 0
             elif name == "block_start":
                 part = (blocks + store.batch) * tensor.element_size()
+            elif name == "value_channel":  # rows without a block have none
+                part = int((arena.num_blocks > 0).sum()) * _size(tensor) // max(store.batch, 1)
             else:
                 part = _size(tensor)
             codes, parameters = (codes + part, parameters) if name in CODES else (codes, parameters + part)

@@ -3,6 +3,7 @@
     salient_ratio r   the top ceil(r * n) tokens of a flush go to `high_bits`, the others to `low_bits`   (ZipCache, section 4)
     flush_every       decoded tokens wait at 16 bits and are packed together (the paper: 100)
     sink_tokens       a row's first valid tokens, recent_tokens its last columns: never packed, or not yet (ours)
+    rounding          of the keys of prompts and chunks: to nearest, or with their queries in mind (kernels/quantize/rounding.py)
 
 Callers: cache/state.py, cache/hf.py, recipes. A misspelt or impossible setting is refused here, before anything runs.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..base.errors import RecipeError, suggest
 from ..kernels.cached_attention.layout import MAX_QUERY
@@ -24,6 +25,9 @@ ATTENTION_MODES = (
     SaliencyMode.ACCUMULATED,
     SaliencyMode.AUTHORS_CODE,
 )
+
+
+Rounding = Literal["nearest", "queries"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Policy:
     sink_tokens: int = 0  # tokens of each row
     recent_tokens: int = 0  # columns
     max_query: int = 16  # tokens appended at once, at most
+    rounding: Rounding = "nearest"
     seed: int = 0
     sixteen_bit_layers: tuple[int, ...] = ()
 
@@ -68,6 +73,8 @@ class Policy:
         _integer("recent_tokens", self.recent_tokens, 0, None)
         _integer("max_query", self.max_query, 1, MAX_QUERY)
         _integer("seed", self.seed, None, None)
+        if self.rounding not in get_args(Rounding):
+            raise _bad("rounding", self.rounding, " or ".join(get_args(Rounding)))
         for layer in self.sixteen_bit_layers:
             _integer("sixteen_bit_layers", layer, 0, None)
 
@@ -80,6 +87,12 @@ class Policy:
     def uses_attention(self) -> bool:
         """Does the choice of salient tokens need attention scores?"""
         return self.splits and self.saliency in ATTENTION_MODES
+
+    @property
+    def rounds_with_queries(self) -> bool:
+        """Are there codes, and do they depend on the queries of a chunk?"""
+        used = {self.high_bits} if self.salient_ratio == 1.0 else {self.high_bits, self.low_bits}
+        return self.rounding == "queries" and used != {16}
 
     @property
     def tail_slots(self) -> int:
@@ -158,8 +171,8 @@ PRESETS: dict[str, Policy] = {
     "default": Policy(),
     # the paper's 60 % without sinks or recents; it compresses every 100 tokens, here 128: one whole block
     "paper": Policy(salient_ratio=0.6),
-    # no 2-bit tokens: every 4/2 mix lost retrieval (docs/log.md)
-    "quality": Policy(salient_ratio=1.0, high_bits=4, low_bits=4, sink_tokens=16, recent_tokens=64),
+    # no 2-bit tokens: every 4/2 mix lost retrieval; keys rounded with the queries in mind: a third of the KL (docs/log.md)
+    "quality": Policy(salient_ratio=1.0, high_bits=4, low_bits=4, sink_tokens=16, recent_tokens=64, rounding="queries"),
     "small": Policy(salient_ratio=0.4),
     "lossless": Policy(salient_ratio=1.0, high_bits=16, low_bits=16),
 }

@@ -23,7 +23,7 @@ from .store import Flush, PackedStore
 if TYPE_CHECKING:
     from .state import LayerState
 
-FORMAT = 1
+FORMAT = 2
 
 
 def tensors(state: LayerState) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..base.errors import RecipeError
 from ..kernels.cached_attention import SaliencyBuffers, Tail
-from ..kernels.quantize import PackedArena
+from ..kernels.quantize import KeyRounding, PackedArena, key_rounding
 from ..kernels.saliency import select_salient
 from . import guards, reading, scoring, serialise
 from .guards import stateful
@@ -145,7 +145,13 @@ class LayerState:
         chunk = Chunk(key, valid, self._rank(valid), old)
         scores, evidence = self._score_chunk(chunk, query, scaling)
         leaving = key.shape[2] - min(self.policy.recent_tokens, key.shape[2])
-        self._retire(chunk, value, scores, leaving)
+        rounding = None
+        if self.policy.rounds_with_queries and leaving:
+            if query is None:
+                guards.warn_without_queries()
+            else:
+                rounding = key_rounding(query, valid[:, old:], key, valid)
+        self._retire(chunk, value, scores, leaving, rounding)
         kept = None if evidence is None else (evidence[0][:, :, leaving:], evidence[1][:, leaving:])
         window.refill(key[:, :, leaving:], value[:, :, leaving:], valid[:, leaving:], kept)
 
@@ -380,7 +386,14 @@ class LayerState:
         self.window.evident = True
         return scores, (total, count)
 
-    def _retire(self, chunk: Chunk, value: Tensor, scores: Tensor | None, leaving: int) -> None:
+    def _retire(
+        self,
+        chunk: Chunk,
+        value: Tensor,
+        scores: Tensor | None,
+        leaving: int,
+        rounding: KeyRounding | None = None,
+    ) -> None:
         """Pack the first `leaving` columns of a chunk; sinks among them go to their slots."""
         if leaving == 0:
             return
@@ -394,6 +407,6 @@ class LayerState:
             salient = scoring.spread(stored, self.policy.salient_ratio, self.shape.kv_heads)
         else:
             salient = select_salient(scores[:, :, :leaving].contiguous(), stored, self.policy.salient_ratio)
-        moved = self.history.store.pack(key, value, salient.contiguous(), stored, valid)
+        moved = self.history.store.pack(key, value, salient.contiguous(), stored, valid, rounding)
         self.window.fill_sinks(key, value, rank, valid)
         self.layout_version += int(moved)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..base.errors import RecipeError
-from ..kernels.quantize import PackedArena, append_packed, dequantize, empty_arena
+from ..kernels.quantize import KeyRounding, PackedArena, append_packed, dequantize, empty_arena
 from . import arenas
 from .arenas import Room
 from .bits import pack_bits, unpack_bits, write_bits
@@ -115,14 +115,22 @@ class PackedStore:
             self.salient_bits = functional.pad(self.salient_bits, (0, extra))
             self.valid_bits = functional.pad(self.valid_bits, (0, extra))
 
-    def pack(self, key: Tensor, value: Tensor, salient: Tensor, stored: Tensor, valid: Tensor) -> bool:
+    def pack(
+        self,
+        key: Tensor,
+        value: Tensor,
+        salient: Tensor,
+        stored: Tensor,
+        valid: Tensor,
+        rounding: KeyRounding | None = None,
+    ) -> bool:
         """Append n columns: key, value [B,Hk,n,D], salient bool [B,Hk,n], stored, valid bool [B,n]; True if moved.
 
         Nothing that is packed already changes. No synchronisation.
         """
         tokens = key.shape[2]
         moved = self.reserve(tokens)
-        append_packed(self.high, self.low, key, value, salient, stored)
+        append_packed(self.high, self.low, key, value, salient, stored, rounding=rounding)
         write_bits(self.salient_bits, self.columns, salient)
         write_bits(self.valid_bits, self.columns, valid)
         end = self.columns + tokens

@@ -78,7 +78,7 @@ def _row_scale(q_max):
 
 @triton.jit
 def _channel_pairs(
-    p_parameter, block, h, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, INTERPRET: tl.constexpr
+    p_parameter, h, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, INTERPRET: tl.constexpr
 ):
     """fp16 parameters of the channels in field h of the lower and of the upper byte of each word: two times [words].
 
@@ -86,11 +86,11 @@ def _channel_pairs(
     """
     WIDTH: tl.constexpr = HEAD_DIM * BITS // 8
     if BYTES:
-        p_halves = p_parameter.to(tl.pointer_type(tl.float16)) + block.to(tl.int64) * HEAD_DIM
-        both = tl.load(p_halves + h * WIDTH + tl.arange(0, WIDTH))
+        p_halves = p_parameter.to(tl.pointer_type(tl.float16)) + h * WIDTH + tl.arange(0, WIDTH)
+        both = tl.load(p_halves)
         return both, both
     else:
-        p_pairs = p_parameter + block.to(tl.int64) * (HEAD_DIM // 2) + h * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
+        p_pairs = p_parameter + h * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
         pair = tl.load(p_pairs)
         if INTERPRET:
             lower = pair.to(tl.int16).to(tl.float16, bitcast=True)
@@ -153,11 +153,11 @@ def _packed_part(
         )
         if BYTES:
             keys, values = keys.to(tl.int16), values.to(tl.int16)
-        key_scale, key_min, channel = (), (), ()
+        key_scale, key_min = (), ()
+        o_block = (tile // TILES).to(tl.int64) * (HEAD_DIM // 2)  # channels lie in pairs
         for h in tl.static_range(H):
-            key_scale = key_scale + _channel_pairs(p_key_scale, tile // TILES, h, HEAD_DIM, BITS, BYTES, INTERPRET)
-            key_min = key_min + _channel_pairs(p_key_min, tile // TILES, h, HEAD_DIM, BITS, BYTES, INTERPRET)
-            channel = channel + _channel_pairs(p_channel, tile // TILES, h, HEAD_DIM, BITS, BYTES, INTERPRET)
+            key_scale = key_scale + _channel_pairs(p_key_scale + o_block, h, HEAD_DIM, BITS, BYTES, INTERPRET)
+            key_min = key_min + _channel_pairs(p_key_min + o_block, h, HEAD_DIM, BITS, BYTES, INTERPRET)
         scale, minimum = next_scale, next_minimum
         next_tile = tl.minimum(tile + 1, last - 1)
         next_begin, next_count = _tile_slots(p_start, next_tile, TILE, TILES)
@@ -194,13 +194,17 @@ def _packed_part(
             word = _high_bytes(values, INTERPRET) if f >= H else values
             start = tl.broadcast_to((mu * 2.0 ** (BITS * ((H - 1) & f) - 24))[None, :], [WIDTH, ROWS])
             part = tl.dot(_field(word, BITS * ((H - 1) & f), BITS, INTERPRET), scaled, start)
-            fresh = fresh + (acc[f] * decay + part * channel[2 * ((H - 1) & f) + f // H].to(tl.float32)[:, None],)
+            fresh = fresh + (acc[f] * decay + part,)
         acc = fresh
     total = tl.sum(total, 0)
     norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+    channel = ()
+    for h in tl.static_range(H):
+        channel = channel + _channel_pairs(p_channel, h, HEAD_DIM, BITS, BYTES, INTERPRET)
     for f in tl.static_range(FIELDS):
         p_channels = p_out[None, :] + _channels(f, HEAD_DIM, BITS, BYTES)[:, None]
-        tl.store(p_channels, acc[f] * (norm * 2.0 ** (24 - BITS * ((H - 1) & f)))[None, :], mask=m_row[None, :])
+        c = channel[2 * ((H - 1) & f) + f // H].to(tl.float32)[:, None]
+        tl.store(p_channels, acc[f] * c * (norm * 2.0 ** (24 - BITS * ((H - 1) & f)))[None, :], mask=m_row[None, :])
     tl.store(p_lse, tl.where(total == 0.0, float("-inf"), top + tl.log2(total) - 8.0), mask=m_row)
 
 
@@ -319,11 +323,11 @@ def _arena_part(
         )  # fmt: skip
     else:
         base = line * slots * (HEAD_DIM * BITS // 16)
-        p_block = line * capacity * (HEAD_DIM // 2)  # channels lie in pairs
+        o_block = line * capacity * (HEAD_DIM // 2)  # channels lie in pairs
         _packed_part(
             p_q, m_row, limit, p_key + base, p_value + base, p_scale + line * slots, p_min + line * slots,
-            p_key_scale + p_block, p_key_min + p_block, p_channel + p_block, p_start, first, last, factor,
-            p_out, p_lse, HEAD_DIM, ROWS, BITS, TILE, STAGES, LIMITS, INTERPRET,
+            p_key_scale + o_block, p_key_min + o_block, p_channel + line * (HEAD_DIM // 2), p_start,
+            first, last, factor, p_out, p_lse, HEAD_DIM, ROWS, BITS, TILE, STAGES, LIMITS, INTERPRET,
         )  # fmt: skip
 
 

@@ -12,14 +12,17 @@ from ..dispatch import Implementation, UnsupportedShape, takes_triton
 from . import reference
 from .layout import BLOCK, MODEL_DTYPES, TRITON_HEAD_DIMS, PackedArena, empty_arena
 from .reference import dequantize, pack_codes, unpack_codes
+from .rounding import KeyRounding, key_rounding
 
 __all__ = [
     "BLOCK",
+    "KeyRounding",
     "PackedArena",
     "UnsupportedShape",
     "append_packed",
     "dequantize",
     "empty_arena",
+    "key_rounding",
     "pack_codes",
     "unpack_codes",
 ]
@@ -33,6 +36,7 @@ def append_packed(
     salient: Tensor,
     valid: Tensor,
     *,
+    rounding: KeyRounding | None = None,
     implementation: Implementation = "auto",
 ) -> None:
     """Append salient tokens to `high` and the other valid ones to `low`, in position order, in new blocks.
@@ -40,17 +44,20 @@ def append_packed(
     key, value  [B, Hk, n, D], fp16, bf16 or fp32; finite where valid, |key| within fp16
     salient     bool [B, Hk, n]; the same number in all heads of a row
     valid       bool [B, n]; False is padding, which is never stored
+    rounding    of the keys, from `key_rounding`; None is to nearest
 
-    Updates both arenas in place without synchronising with the host. Three launches whatever B and Hk are. Room is the
-    caller's duty: the reference raises ValueError where it lacks, the kernels drop what does not fit (they can not ask).
+    A row's first tokens in an arena decide the channel scales of its values there, for all that follow until the row is
+    emptied. Updates both arenas in place without synchronising with the host. Four launches whatever B and Hk are.
+    Room is the caller's duty: the reference raises ValueError where it lacks, the kernels drop what does not fit (they
+    can not ask).
     """
     _check(high, low, key, value, salient, valid)
     if not takes_triton(implementation, key, _not_for_triton(key)):
-        reference.append_packed(high, low, key, value, salient, valid)
+        reference.append_packed(high, low, key, value, salient, valid, rounding)
         return
     from .triton_kernels import append_packed as append_with_triton
 
-    append_with_triton(high, low, key, value, salient, valid)
+    append_with_triton(high, low, key, value, salient, valid, rounding)
 
 
 def _not_for_triton(key: Tensor) -> str | None:

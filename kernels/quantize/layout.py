@@ -1,12 +1,14 @@
 """Where packed keys and values lie: the arena, its blocks, and the shapes that are supported.
 
 An arena holds tokens of one precision for every (row, KV head), in position order. A *block* is at most BLOCK
-consecutive slots written by one call of `append_packed`; it owns the channel parameters of keys and the channel scale
-of values and is never reopened. Rows have their own lengths (padding is never stored); all heads of a row are equally
-long. Which slot is which position follows from the precision bitmap that cache/ keeps: rank in the bitmap = slot.
+consecutive slots written by one call of `append_packed`; it owns the channel parameters of keys and is never reopened.
+The channel scale of values is one for all blocks of a (row, KV head): the call that writes a row's first block computes
+it, later calls take it as it is. So a row without blocks has none, and emptying a row (num_blocks = 0) forgets it. Rows
+have their own lengths (padding is never stored); all heads of a row are equally long. Which slot is which position
+follows from the precision bitmap that cache/ keeps: rank in the bitmap = slot.
 
     key   = key_scale * u + key_min                                  per block and channel
-    value = value_channel * (value_scale * u + value_min)            c per block and channel; scale, min per slot
+    value = value_channel * (value_scale * u + value_min)            c per channel; scale, min per slot
 
 Codes are planar along the head dimension: 4-bit byte j holds channel j (low nibble) and j + D/2; 2-bit byte j holds
 channels j, j + D/4, j + D/2, j + 3D/4 from low bits to high. Readers: kernels/cached_attention, cache/.
@@ -43,7 +45,7 @@ class PackedArena:
     value_min: Tensor  # fp16 [B, Hk, C]
     key_scale: Tensor  # fp16 [B, Hk, N, D]
     key_min: Tensor  # fp16 [B, Hk, N, D]
-    value_channel: Tensor  # fp16 [B, Hk, N, D]; 0 marks a channel that is zero throughout the block
+    value_channel: Tensor  # fp16 [B, Hk, D], positive; undefined while the row has no block
     block_start: Tensor  # int32 [B, N + 1]; block i = slots [start_i, start_i+1); past num_blocks: the row's length
     num_blocks: Tensor  # int32 [B]
 
@@ -83,7 +85,7 @@ def empty_arena(
     check_bits(bits, head_dim)
     lossless = bits == 16
     width, code_dtype = (head_dim, dtype) if lossless else (head_dim * bits // 8, torch.uint8)
-    slots, groups = (0, 0) if lossless else (capacity, blocks)
+    slots, groups, channels = (0, 0, 0) if lossless else (capacity, blocks, head_dim)
 
     def parameters(*shape: int) -> Tensor:
         return torch.zeros(batch, kv_heads, *shape, dtype=PARAMETER_DTYPE, device=device)
@@ -96,7 +98,7 @@ def empty_arena(
         value_min=parameters(slots),
         key_scale=parameters(groups, head_dim),
         key_min=parameters(groups, head_dim),
-        value_channel=parameters(groups, head_dim),
+        value_channel=parameters(channels),
         block_start=torch.zeros(batch, blocks + 1, dtype=torch.int32, device=device),
         num_blocks=torch.zeros(batch, dtype=torch.int32, device=device),
     )

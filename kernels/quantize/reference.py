@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from .layout import BLOCK, PackedArena, check_bits
+from .rounding import KeyRounding, round_with_queries
 
 FP16_MAX = 65504.0
 SCALE_FLOOR = 2.0**-24  # the smallest positive fp16
+LIMIT = 127.0  # cached_attention holds 2^8 value_scale in fp16, so a scale must stay below 255
+HEADROOM = 4.0  # later values may be larger than those that c was computed from
+KNOWN, UNKNOWN = 64, 4  # the largest k of `channel_scales`; the second where a channel has only zeros
 
 
 def round_down(x: Tensor) -> Tensor:
@@ -38,25 +42,52 @@ def _directed(x: Tensor, *, up: bool) -> Tensor:
     return (bits + step.to(torch.int16)).view(torch.float16).float()
 
 
-def quantize_keys(key: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One block of keys [..., T, D] fp32 -> (codes uint8 [..., T, D], scale [..., D], minimum [..., D]) fp32."""
+def quantize_keys(key: Tensor, bits: int, rounding: KeyRounding | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of keys [Hk, blocks, T, D] fp32 -> (codes uint8 alike, scale [Hk, blocks, D], minimum alike) fp32.
+
+    rounding: of this row (order [Hk, D], step [Hk, D, D]); None rounds to nearest.
+    """
     minimum = round_down(key.amin(-2))
     scale = _scale(key.amax(-2), minimum, bits)
-    return _codes(key, minimum.unsqueeze(-2), scale.unsqueeze(-2), bits), scale, minimum
+    if rounding is None:
+        return _codes(key, minimum.unsqueeze(-2), scale.unsqueeze(-2), bits), scale, minimum
+    wide_minimum, wide_scale = (t.unsqueeze(-2).expand_as(key) for t in (minimum, scale))
+    return round_with_queries(key, wide_minimum, wide_scale, bits, rounding), scale, minimum
 
 
-def quantize_values(value: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One block of values [..., T, D] fp32 -> (codes, scale [..., T], minimum [..., T], channel [..., D]).
+def channel_scales(value: Tensor) -> Tensor:
+    """c [..., D] from values [..., T, D] fp32: all tokens of one arena in a row's first flush. Positive, exact in fp16.
 
-    A channel that is zero in the whole block keeps c = 0 and 1/c := 0: it comes back as exactly zero. c is rounded up,
-    so that a channel which is not zero never gets c = 0; any positive c is a valid quantiser.
+        c_j = 4 sqrt(A max(a_j, A / k))      a_j = max_t |V_tj|      A = max_j a_j      k = min(2T, 64)
+
+    sqrt(a_j) is ZipCache's (eq. 6). Ours, because tokens yet to come are divided by this c too:
+    4 sqrt(A), the same for all channels, cancels in c_j s_t; it makes |V / c| <= 1/4 whatever the unit of V.
+    A / k is the least that a channel counts as, so that no c is so small that one later value spoils its token's
+    scale. Few tokens say little about a channel; one with only zeros says nothing, and k is at most 4 there. A head
+    with only zeros has c = 1.
     """
-    channel = round_up(value.abs().amax(-2).sqrt())
-    divisor = torch.where(channel > 0, channel, 1.0).unsqueeze(-2)
-    y = torch.where(channel.unsqueeze(-2) > 0, value / divisor, 0.0)
+    peak_D = value.abs().amax(-2)
+    largest = peak_D.amax(-1, keepdim=True)
+    tokens = 2 * value.shape[-2]
+    # a tensor divided by a tensor: by a number it may become a product with the inverse
+    least, least_of_zeros = (largest / torch.full_like(largest, min(tokens, k)) for k in (KNOWN, UNKNOWN))
+    peak_D = torch.maximum(peak_D, torch.where(peak_D > 0, least, least_of_zeros))
+    root_D = (largest * peak_D).double().sqrt().float()  # PyTorch's fp32 root is not the nearest on every CPU
+    channel = round_up(HEADROOM * root_D)
+    return torch.where(channel > 0, channel, 1.0)
+
+
+def quantize_values(value: Tensor, channel: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values [..., T, D] fp32 with any positive c [..., D] -> (codes uint8 [..., T, D], scale, minimum [..., T]).
+
+    The error is at most c_j s_t / 2, whatever tokens c came from: m_t <= V_tj / c_j <= m_t + (2^bits - 1) s_t holds for
+    this token by its own minimum and maximum. |V / c| saturates at LIMIT (2^bits - 1).
+    """
+    bound = LIMIT * (2**bits - 1)
+    y = (value / channel.unsqueeze(-2)).clamp(-bound, bound)
     minimum = round_down(y.amin(-1))
     scale = _scale(y.amax(-1), minimum, bits)
-    return _codes(y, minimum.unsqueeze(-1), scale.unsqueeze(-1), bits), scale, minimum, channel
+    return _codes(y, minimum.unsqueeze(-1), scale.unsqueeze(-1), bits), scale, minimum
 
 
 def _scale(maximum: Tensor, minimum: Tensor, bits: int) -> Tensor:
@@ -86,15 +117,24 @@ def unpack_codes(packed: Tensor, bits: int, head_dim: int) -> Tensor:
 
 
 def append_packed(
-    high: PackedArena, low: PackedArena, key: Tensor, value: Tensor, salient: Tensor, valid: Tensor
+    high: PackedArena,
+    low: PackedArena,
+    key: Tensor,
+    value: Tensor,
+    salient: Tensor,
+    valid: Tensor,
+    rounding: KeyRounding | None = None,
 ) -> None:
     """See `quietgoose.kernels.quantize.append_packed`. Reads counts on the host: not for a hot path on a GPU."""
     for arena, member in ((high, salient & valid.unsqueeze(1)), (low, ~salient & valid.unsqueeze(1))):
         for row in range(key.shape[0]):
-            _append_row(arena, row, key[row], value[row], member[row])
+            own = None if rounding is None else rounding.of_row(row)
+            _append_row(arena, row, key[row], value[row], member[row], own)
 
 
-def _append_row(arena: PackedArena, row: int, key: Tensor, value: Tensor, member: Tensor) -> None:
+def _append_row(
+    arena: PackedArena, row: int, key: Tensor, value: Tensor, member: Tensor, rounding: KeyRounding | None
+) -> None:
     """Tokens [Hk, n, D] where member [Hk, n] into new blocks of one row."""
     counts = member.sum(-1)
     count, blocks = int(counts[0]), int(arena.num_blocks[row])
@@ -113,30 +153,42 @@ def _append_row(arena: PackedArena, row: int, key: Tensor, value: Tensor, member
     if arena.bits == 16:
         arena.key_codes[row, :, start : start + count] = key.to(arena.key_codes.dtype)
         arena.value_codes[row, :, start : start + count] = value.to(arena.value_codes.dtype)
-    else:
+    elif count:
+        if blocks == 0:
+            arena.value_channel[row] = channel_scales(value.float()).half()
         whole = count // BLOCK
-        _write_blocks(arena, row, start, blocks, key[:, : whole * BLOCK], value[:, : whole * BLOCK], BLOCK)
+        _write_blocks(arena, row, start, blocks, key[:, : whole * BLOCK], value[:, : whole * BLOCK], BLOCK, rounding)
         if count % BLOCK:
             tail = slice(whole * BLOCK, count)
-            _write_blocks(arena, row, start + tail.start, blocks + whole, key[:, tail], value[:, tail], count % BLOCK)
+            place = (start + tail.start, blocks + whole)
+            _write_blocks(arena, row, *place, key[:, tail], value[:, tail], count % BLOCK, rounding)
     ends = start + (torch.arange(1, arena.block_capacity - blocks + 1, dtype=torch.int32) * BLOCK).clamp_max(count)
     arena.block_start[row, blocks + 1 :] = ends.to(arena.block_start.device)
     arena.num_blocks[row] = blocks + new_blocks
 
 
-def _write_blocks(arena: PackedArena, row: int, start: int, block: int, key: Tensor, value: Tensor, size: int) -> None:
+def _write_blocks(
+    arena: PackedArena,
+    row: int,
+    start: int,
+    block: int,
+    key: Tensor,
+    value: Tensor,
+    size: int,
+    rounding: KeyRounding | None,
+) -> None:
     """Equal blocks of `size` slots: key, value [Hk, blocks * size, D] at slot `start`, block `block`."""
     if key.shape[1] == 0:
         return
     slots, blocks = slice(start, start + key.shape[1]), slice(block, block + key.shape[1] // size)
-    codes, scale, minimum = quantize_keys(key.float().unflatten(1, (-1, size)), arena.bits)
+    codes, scale, minimum = quantize_keys(key.float().unflatten(1, (-1, size)), arena.bits, rounding)
     arena.key_codes[row, :, slots] = pack_codes(codes.flatten(1, 2), arena.bits)
     arena.key_scale[row, :, blocks], arena.key_min[row, :, blocks] = scale.half(), minimum.half()
-    codes, scale, minimum, channel = quantize_values(value.float().unflatten(1, (-1, size)), arena.bits)
+    channel = arena.value_channel[row].float().unsqueeze(1)
+    codes, scale, minimum = quantize_values(value.float().unflatten(1, (-1, size)), channel, arena.bits)
     arena.value_codes[row, :, slots] = pack_codes(codes.flatten(1, 2), arena.bits)
     arena.value_scale[row, :, slots] = scale.flatten(1).half()
     arena.value_min[row, :, slots] = minimum.flatten(1).half()
-    arena.value_channel[row, :, blocks] = channel.half()
 
 
 def dequantize(arena: PackedArena, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -174,6 +226,6 @@ def dequantize(arena: PackedArena, *, dtype: torch.dtype | None = None) -> tuple
     value_codes = unpack_codes(arena.value_codes, arena.bits, width).to(compute)
     key = per_slot(arena.key_scale) * key_codes + per_slot(arena.key_min)
     value = arena.value_scale.to(compute).unsqueeze(-1) * value_codes + arena.value_min.to(compute).unsqueeze(-1)
-    value = per_slot(arena.value_channel) * value
+    value = arena.value_channel.to(compute).unsqueeze(2) * value
     zero = torch.zeros((), dtype=compute, device=slots.device)
     return torch.where(used_BHCD, key, zero).to(dtype), torch.where(used_BHCD, value, zero).to(dtype)

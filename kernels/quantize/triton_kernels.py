@@ -1,9 +1,10 @@
 """Triton: place every token, then gather, quantise, pack and store, without asking the host anything.
 
-    _plan   one program per (row, head): which token goes to which slot of which arena; one per row updates the tables
-    _pack   one program per (row, head, block, keys or values), once per arena
+    _plan      one program per (row, head): which token goes to which slot of which arena; one a row updates the tables
+    _channels  one program per (row, head, arena): channel scales of the values, where a row begins
+    _pack      one program per (row, head, block, keys or values), once per arena
 
-Three launches whatever B and Hk are. reference.py is the specification; the codes are equal bit for bit, so the fp32
+Four launches whatever B and Hk are. reference.py is the specification; the codes are equal bit for bit, so the fp32
 operations stand in the same order and nothing here is a product followed by a sum (which a compiler may fuse).
 Called by `append_packed` in this folder; test: `pytest tests/kernels/test_quantize_kernels.py`.
 """
@@ -18,10 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import reference
 from .layout import BLOCK, PackedArena
+from .rounding import KeyRounding
+from .triton_rounding import packed_planes, rounded_codes
 
 _PLAN = 3  # per row and arena: slots in use, blocks in use, tokens to add
 _CHUNK = 1024  # tokens a plan program handles at a time
+LIMIT, HEADROOM = tl.constexpr(reference.LIMIT), tl.constexpr(reference.HEADROOM)
+KNOWN, UNKNOWN = tl.constexpr(reference.KNOWN), tl.constexpr(reference.UNKNOWN)
 
 
 @triton.jit
@@ -113,12 +119,53 @@ def _plan(
 
 
 @triton.jit
+def _channels(
+    p_value, p_source, p_plan, p_high_channel, p_low_channel,
+    n, heads, v_row, v_head, v_token,
+    HIGH_BITS: tl.constexpr, LOW_BITS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """c of one (row, head, arena), where the row has no block yet. p_source [2, rows, heads, n]: both arenas'."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // heads
+    p_token = p_value + row * v_row + (program % heads) * v_head
+    if tl.program_id(1) == 0:
+        if HIGH_BITS != 16:
+            _fill_channels(
+                p_token, p_source + program * n, p_plan + row * 6, p_high_channel + program * D, v_token, D, CHUNK
+            )
+    else:
+        if LOW_BITS != 16:
+            p_low_source = p_source + (tl.num_programs(0) + program) * n
+            _fill_channels(p_token, p_low_source, p_plan + row * 6 + 3, p_low_channel + program * D, v_token, D, CHUNK)
+
+
+@triton.jit
+def _fill_channels(p_token, p_source, p_plan, p_channel, v_token, D: tl.constexpr, CHUNK: tl.constexpr):
+    """reference.channel_scales over all new tokens of one (row, head); nothing if there are none or c is there."""
+    count = tl.load(p_plan + 2)
+    if (tl.load(p_plan + 1) == 0) & (count > 0):
+        i_channel = tl.arange(0, D)
+        peak = tl.zeros([D], dtype=tl.float32)
+        for first in range(0, count, CHUNK):
+            i_new = first + tl.arange(0, CHUNK)
+            m_new = i_new < count
+            source = tl.load(p_source + i_new, mask=m_new, other=0).to(tl.int64)
+            x = tl.load(p_token + source[:, None] * v_token + i_channel[None, :], mask=m_new[:, None], other=0.0)
+            peak = tl.maximum(peak, tl.max(tl.abs(x.to(tl.float32)), 0))
+        largest = tl.broadcast_to(tl.max(peak, 0), [D])
+        counted = tl.where(peak > 0, tl.minimum(2 * count, KNOWN), tl.minimum(2 * count, UNKNOWN))
+        peak = tl.maximum(peak, tl.div_rn(largest, counted.to(tl.float32)))
+        channel = _round_to_half(tl.sqrt_rn(largest * peak) * HEADROOM, True)
+        tl.store(p_channel + i_channel, tl.where(channel > 0, channel, 1.0).to(tl.float16))
+
+
+@triton.jit
 def _pack(
     p_key, p_value, p_source, p_plan,
-    p_key_codes, p_value_codes, p_value_scale, p_value_min, p_key_scale, p_key_min, p_channel,
+    p_key_codes, p_value_codes, p_value_scale, p_value_min, p_key_scale, p_key_min, p_channel, p_order, p_step,
     n, heads, capacity, block_capacity,
     k_row, k_head, k_token, v_row, v_head, v_token,
-    BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """One block of one (row, head): keys if program_id(2) is 0, values if 1. p_plan points at this arena's column."""
     program = tl.program_id(0).to(tl.int64)
@@ -136,6 +183,11 @@ def _pack(
             p_token = p_key + row * k_row + head * k_head + source * k_token
             if BITS == 16:
                 _copy(p_token, p_key_codes, slot, m_new, D)
+            elif ROUNDED:
+                _pack_keys_rounded(
+                    p_token, p_key_codes, p_key_scale + o_block, p_key_min + o_block,
+                    p_order + program * D, p_step + program * D * D, slot, m_new, BITS, D,
+                )  # fmt: skip
             else:
                 _pack_keys(p_token, p_key_codes, p_key_scale + o_block, p_key_min + o_block, slot, m_new, BITS, D)
         else:
@@ -144,7 +196,7 @@ def _pack(
                 _copy(p_token, p_value_codes, slot, m_new, D)
             else:
                 _pack_values(
-                    p_token, p_value_codes, p_value_scale, p_value_min, p_channel + o_block, slot, m_new, BITS, D
+                    p_token, p_value_codes, p_value_scale, p_value_min, p_channel + program * D, slot, m_new, BITS, D
                 )
 
 
@@ -175,23 +227,38 @@ def _pack_keys(p_token, p_codes, p_scale, p_min, slot, m_new, BITS: tl.constexpr
 
 
 @triton.jit
-def _normalised(p_token, i_channel, m_new):
-    """(value / c, c) of some channels, c = sqrt(max |value|) over the block rounded up; a zero channel stays zero."""
+def _pack_keys_rounded(
+    p_token, p_codes, p_scale, p_min, p_order, p_step, slot, m_new, BITS: tl.constexpr, D: tl.constexpr
+):
+    """All channels at once: parameters as in `_pack_keys`, codes from triton_rounding.py."""
+    WIDTH: tl.constexpr = D * BITS // 8
+    i_channel = tl.arange(0, D)
     x = tl.load(p_token[:, None] + i_channel[None, :], mask=m_new[:, None], other=0.0).to(tl.float32)
-    channel = _round_to_half(tl.sqrt_rn(tl.max(tl.abs(x), 0)), True)
-    divisor = tl.where(channel > 0, channel, 1.0)
-    y = tl.where((channel > 0)[None, :], tl.div_rn(x, tl.broadcast_to(divisor[None, :], x.shape)), 0.0)
-    return y, channel
+    minimum = _round_to_half(tl.min(tl.where(m_new[:, None], x, float("inf")), 0), False)
+    scale = _scale(tl.max(tl.where(m_new[:, None], x, float("-inf")), 0), minimum, BITS)
+    tl.store(p_scale + i_channel, scale.to(tl.float16))
+    tl.store(p_min + i_channel, minimum.to(tl.float16))
+    packed = packed_planes(rounded_codes(x, minimum, scale, p_order, p_step, BITS, D), BITS, D)
+    i_byte = tl.arange(0, WIDTH)
+    tl.store(p_codes + slot[:, None] * WIDTH + i_byte[None, :], packed.to(tl.uint8), mask=m_new[:, None])
+
+
+@triton.jit
+def _normalised(p_token, p_channel, i_channel, m_new, BITS: tl.constexpr):
+    """value / c of some channels, saturated where its scale would leave what cached_attention can hold."""
+    BOUND: tl.constexpr = LIMIT * ((1 << BITS) - 1)
+    x = tl.load(p_token[:, None] + i_channel[None, :], mask=m_new[:, None], other=0.0).to(tl.float32)
+    channel = tl.load(p_channel + i_channel).to(tl.float32)
+    y = tl.div_rn(x, tl.broadcast_to(channel[None, :], x.shape))
+    return tl.minimum(tl.maximum(y, -BOUND), BOUND)
 
 
 @triton.jit
 def _pack_values(p_token, p_codes, p_scale, p_min, p_channel, slot, m_new, BITS: tl.constexpr, D: tl.constexpr):
-    """Two passes over the block: c and the token's range over all channels, then codes plane by plane (from cache)."""
+    """Two passes over the block: the token's range over all channels, then codes plane by plane (from cache)."""
     PLANES: tl.constexpr = 8 // BITS
     WIDTH: tl.constexpr = D // PLANES
-    i_all = tl.arange(0, D)
-    y, channel = _normalised(p_token, i_all, m_new)
-    tl.store(p_channel + i_all, channel.to(tl.float16))
+    y = _normalised(p_token, p_channel, tl.arange(0, D), m_new, BITS)
     minimum = _round_to_half(tl.min(y, 1), False)
     scale = _scale(tl.max(y, 1), minimum, BITS)
     tl.store(p_scale + slot, scale.to(tl.float16), mask=m_new)
@@ -199,13 +266,19 @@ def _pack_values(p_token, p_codes, p_scale, p_min, p_channel, slot, m_new, BITS:
     i_channel = tl.arange(0, WIDTH)
     packed = tl.zeros((m_new.shape[0], WIDTH), dtype=tl.int32)
     for plane in tl.static_range(PLANES):
-        y, channel = _normalised(p_token, plane * WIDTH + i_channel, m_new)
+        y = _normalised(p_token, p_channel, plane * WIDTH + i_channel, m_new, BITS)
         packed |= _codes(y, minimum[:, None], scale[:, None], BITS) << (plane * BITS)
     tl.store(p_codes + slot[:, None] * WIDTH + i_channel[None, :], packed.to(tl.uint8), mask=m_new[:, None])
 
 
 def append_packed(
-    high: PackedArena, low: PackedArena, key: Tensor, value: Tensor, salient: Tensor, valid: Tensor
+    high: PackedArena,
+    low: PackedArena,
+    key: Tensor,
+    value: Tensor,
+    salient: Tensor,
+    valid: Tensor,
+    rounding: KeyRounding | None = None,
 ) -> None:
     """See `quietgoose.kernels.quantize.append_packed`; arguments are checked there."""
     batch, heads, n, width = key.shape
@@ -220,14 +293,21 @@ def append_packed(
         n, heads, high.block_start.shape[1], low.block_start.shape[1], high.capacity, low.capacity,
         BLOCK=BLOCK, CHUNK=min(_CHUNK, max(16, triton.next_power_of_2(n))), num_warps=4,
     )  # fmt: skip
+    _channels[(batch * heads, 2)](
+        value, source, plan, high.value_channel, low.value_channel,
+        n, heads, *value.stride()[:3],
+        HIGH_BITS=high.bits, LOW_BITS=low.bits, D=width, CHUNK=min(64, max(16, triton.next_power_of_2(n))), num_warps=8,
+    )  # fmt: skip
     for i, arena in enumerate((high, low)):
         _pack[(batch * heads, triton.cdiv(n, BLOCK), 2)](
             key, value, source[i], plan[:, i],
             arena.key_codes, arena.value_codes, arena.value_scale, arena.value_min,
             arena.key_scale, arena.key_min, arena.value_channel,
+            plan if rounding is None else rounding.order_BKD.contiguous(),
+            arena.value_scale if rounding is None else rounding.step_BKDD.contiguous(),
             n, heads, arena.capacity, arena.block_capacity,
             *key.stride()[:3], *value.stride()[:3],
-            BITS=arena.bits, D=width, BLOCK=BLOCK, num_warps=8,
+            BITS=arena.bits, D=width, BLOCK=BLOCK, ROUNDED=rounding is not None, num_warps=8,
         )  # fmt: skip
 
 

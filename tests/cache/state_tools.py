@@ -109,7 +109,10 @@ def poison(state: LayerState) -> None:
                 for name, tensor in arena.tensors().items():
                     if name in ("block_start", "num_blocks"):
                         continue
-                    first = blocks[row] if name in ("key_scale", "key_min", "value_channel") else lengths[row]
+                    if name == "value_channel":
+                        tensor[row] = tensor[row] if blocks[row] else float("nan")
+                        continue
+                    first = blocks[row] if name in ("key_scale", "key_min") else lengths[row]
                     tensor[row, :, first:] = 255 if tensor.dtype == torch.uint8 else float("nan")
     window = state.window
     window.tail.key[:, :, window.used :] = float("nan")

@@ -30,6 +30,7 @@ from quietgoose.kernels.saliency import SaliencyMode
         ({"saliency": "eq9"}, "Did you mean 'eq8'"),
         ({"sixteen_bit_layers": 3}, "sixteen_bit_layers is 3"),
         ({"sixteen_bit_layers": (-1,)}, "sixteen_bit_layers is -1"),
+        ({"rounding": "up"}, "rounding is 'up'; allowed: nearest or queries"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings: dict, words: str) -> None:

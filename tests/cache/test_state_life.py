@@ -221,9 +221,10 @@ def test_bytes_are_the_formula(width: int, ratio: float) -> None:
     full_blocks = -(-high // 128) + -(-(tokens - high) // 128)
     assert found.codes * 8 == elements * (4 * ratio + 2 * (1 - ratio))
     per_block = full_blocks / (tokens / 128)
-    expected_bits = (0.125 + 0.0625) * per_block + 16 / width
+    expected_bits = 0.125 * per_block + 16 / width
+    channels = 2 * batch * heads * width * 2  # once for each arena
     tables = batch * 4 * (full_blocks + 2) + 2 * batch * 4 + batch * 4
-    assert found.parameters * 8 == round(elements * expected_bits) + tables * 8
+    assert found.parameters * 8 == round(elements * expected_bits) + channels * 8 + tables * 8
     assert found.bitmap * 8 == elements / (2 * width) + batch * tokens
     assert found.tail + found.saliency == 4 + 4 + batch * 8
     assert found.total == found.codes + found.parameters + found.bitmap + found.tail + found.saliency

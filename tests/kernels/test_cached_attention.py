@@ -24,8 +24,10 @@ def poison_unused(arena) -> None:
         for name, tensor in arena.tensors().items():
             if name in {"key_codes", "value_codes", "value_scale", "value_min"} and tensor.numel():
                 poison(tensor[row, :, length:])
-            elif name in {"key_scale", "key_min", "value_channel"} and tensor.numel():
+            elif name in {"key_scale", "key_min"} and tensor.numel():
                 poison(tensor[row, :, int(arena.num_blocks[row]) :])
+            elif name == "value_channel" and not length:
+                poison(tensor[row])
 
 
 class Problem:

@@ -49,6 +49,28 @@ def test_equals_plain(recompute, temperature, banned, bias, monkeypatch) -> None
 
 
 @pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(("temperature", "banned"), [(1.0, ()), (0.6, (0, 3)), (3.0, (10,))])
+def test_the_entropy_may_have_a_gradient(recompute, temperature, banned, monkeypatch) -> None:
+    monkeypatch.setattr(linear_loss, "LOGITS_AT_ONCE", 11 * 4)
+    head, hidden, labels, scale = problem()
+    labels = torch.where((labels[:, None] == torch.tensor([*banned, -1])).any(1), 5, labels)
+    found = token_nll(
+        head, hidden, labels, temperature=temperature, recompute=recompute, entropy_gradient=True,
+        banned=torch.tensor(banned, dtype=torch.long) if banned else None,
+    )  # fmt: skip
+    logits = head(hidden) / temperature
+    entropy = torch.distributions.Categorical(logits=logits[:, [i for i in range(11) if i not in banned]]).entropy()
+    want = plain(head, hidden, labels, temperature, banned)[0], entropy
+    inputs = [hidden, *head.parameters()] if recompute else [hidden]
+    for weights in ((scale, scale.flip(0)), (0 * scale, scale)):
+        totals = [sum((x * w).sum() for x, w in zip(pair, weights)) for pair in (found, want)]
+        got, wanted = (torch.autograd.grad(total, inputs, retain_graph=True) for total in totals)
+        for name, one, two in zip("hw", got, wanted):
+            assert_close(name, one, two, direction="gradient")
+    assert_close("entropy", found[1].detach(), entropy.detach())
+
+
+@pytest.mark.parametrize("recompute", [True, False])
 def test_bf16_inputs_give_fp32_losses(recompute) -> None:
     head, hidden, labels, scale = problem(torch.bfloat16)
     nll, _ = token_nll(head, hidden, labels, recompute=recompute)
