@@ -3,9 +3,9 @@
     python benchmarks/gate_ablation.py --run runs/smollm2_collection --out gates.json [--k 1 2 3] [--limit 100]
     python benchmarks/gate_ablation.py --run A --out a.json --variants '{"steps400": {"steps": 400}}'
 
-Takes the sealed experts of a run, trains gates anew for every variant (keys: steps, rows_per_expert, lr, eps) and routes
-the experts' own validation sets. Writes after every variant; prints a table with the distance to the oracle. The test
-sets are not read. One process, one device.
+Takes the sealed experts of a run, trains gates anew for every variant (keys: steps, rows_per_expert, lr, eps, schedule,
+beta2) and routes the experts' own validation sets. Writes after every variant; prints a table with the distance to the
+oracle. The test sets are not read. One process, one device.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from quietgoose.train.run_folder import RunFolder
 from quietgoose.train.settings import recipe_from_yaml
 from quietgoose.train.stages import Context, run_gates, the_base, the_library, trained_sources
 from quietgoose.train.strategy import load_strategy
+from quietgoose.train.types import StepReport
 
-VARIANTS: dict[str, dict[str, float]] = {
+Change = dict[str, Any]
+VARIANTS: dict[str, Change] = {
     "recipe": {},
     "eps1e-2_lr5e-2": {"eps": 1e-2, "lr": 5e-2},
     "eps1e-3_lr2e-2": {"eps": 1e-3, "lr": 2e-2},
@@ -44,25 +46,21 @@ VARIANTS: dict[str, dict[str, float]] = {
 }
 
 
-def with_variant(recipe: Recipe, change: dict[str, float]) -> Recipe:
+def with_variant(recipe: Recipe, change: Change) -> Recipe:
     """The recipe with other gate settings."""
     train = recipe.gates.train
-    known = {"steps", "rows_per_expert", "lr", "eps"}
-    if set(change) - known:
-        raise SystemExit(f"--variants: unknown key {sorted(set(change) - known)[0]!r}; allowed: {sorted(known)}")
-    optimizer = dataclasses.replace(
-        train.optimizer, lr=change.get("lr", train.optimizer.lr), eps=change.get("eps", train.optimizer.eps)
-    )
-    changed = dataclasses.replace(
-        train,
-        steps=int(change.get("steps", train.steps)),
-        rows_per_expert=int(change.get("rows_per_expert", train.rows_per_expert)),
-        optimizer=optimizer,
-    )
+    size, optimizing = {"steps", "rows_per_expert"}, {"lr", "eps", "schedule", "beta2"}
+    if unknown := sorted(set(change) - size - optimizing):
+        raise SystemExit(f"--variants: unknown key {unknown[0]!r}; allowed: {sorted(size | optimizing)}")
+    given = {key: change[key] for key in optimizing - {"beta2"} if key in change}
+    if "beta2" in change:
+        given["betas"] = (train.optimizer.betas[0], change["beta2"])
+    optimizer = dataclasses.replace(train.optimizer, **given)
+    changed = dataclasses.replace(train, optimizer=optimizer, **{key: change[key] for key in size if key in change})
     return dataclasses.replace(recipe, gates=dataclasses.replace(recipe.gates, train=changed))
 
 
-def fit(recipe: Recipe, device: torch.device, job: Any, data: StepData, settings: Any, losses: list[float]) -> Any:
+def fit(recipe: Recipe, device: torch.device, job: Any, data: StepData, settings: Any, seen: list[StepReport]) -> Any:
     """The gates of one variant, without checkpoints."""
     job.to(device)
     engine = Engine(
@@ -70,19 +68,19 @@ def fit(recipe: Recipe, device: torch.device, job: Any, data: StepData, settings
         load_strategy(settings.strategy or recipe.strategy), data.names, device, micro_rows=data.share.rows,
     )  # fmt: skip
     for step in range(settings.steps):
-        losses.append(float(engine.step(data.step(step)).loss))
+        seen.append(engine.step(data.step(step)))
     trained = engine.trainable()
     engine.destroy()
     return trained
 
 
-def context_of(recipe: Recipe, run: Path, device: torch.device, world: Any, losses: list[float]) -> Context:
+def context_of(recipe: Recipe, run: Path, device: torch.device, world: Any, seen: list[StepReport]) -> Context:
     return Context(
         recipe=recipe,
         folder=RunFolder(run),
         device=device,
         world=world,
-        train=lambda stage, job, data, settings, sha: fit(recipe, device, job, data, settings, losses),
+        train=lambda stage, job, data, settings, sha: fit(recipe, device, job, data, settings, seen),
         event=lambda *args, **fields: None,
         progress=lambda *args: None,
         facts={},
@@ -135,15 +133,16 @@ def main() -> None:
     for name, change in options.variants.items():
         if time.monotonic() - start > options.seconds:
             break
-        changed, losses = with_variant(recipe, change), []
-        context = context_of(changed, options.run, device, world, losses)
+        changed, seen = with_variant(recipe, change), list[StepReport]()
+        context = context_of(changed, options.run, device, world, seen)
         with tempfile.TemporaryDirectory() as folder:
             begin = time.monotonic()
             run_gates(context)(Path(folder))
             trained_seconds = time.monotonic() - begin
             rows = score(context, Path(folder) / "gates.safetensors", tasks, options.k, not report["variants"])
         report["variants"][name] = {
-            "settings": {**change}, "seconds": round(trained_seconds, 1), "loss": [round(x, 4) for x in losses[::10]], **rows,
+            "settings": {**change}, "seconds": round(trained_seconds, 1), "loss": [round(r.loss, 4) for r in seen[::10]],
+            "gradient_norms": {e: [float(f"{r.gradient_norms[e]:.2g}") for r in seen[::10]] for e in names}, **rows,
         }  # fmt: skip
         write_json(options.out, report)
         means = {arm: row["mean"] for arm, row in rows.items()}
