@@ -79,8 +79,8 @@ def collate_prompts(rows: Sequence[PromptRow], pad: int, device: torch.device | 
 
 
 @torch.no_grad()
-def generate_batch(model: Any, batch: PromptBatch, eos: int, pad: int) -> list[list[int]]:
-    """New token ids of every row, up to and with end-of-text where it was reached."""
+def generate_batch(model: Any, batch: PromptBatch, eos: int, pad: int, **options: Any) -> list[list[int]]:
+    """New token ids of every row, up to and with end-of-text where it was reached. `options` go to `model.generate`."""
     greedy = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -91,7 +91,9 @@ def generate_batch(model: Any, batch: PromptBatch, eos: int, pad: int) -> list[l
         pad_token_id=pad,
         use_cache=True,
     )
-    output_BT = model.generate(input_ids=batch.token_BT, attention_mask=batch.mask_BT, generation_config=greedy)
+    output_BT = model.generate(
+        input_ids=batch.token_BT, attention_mask=batch.mask_BT, generation_config=greedy, **options
+    )  # fmt: skip
     rows = output_BT[:, batch.token_BT.shape[1] :].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 

@@ -4,7 +4,7 @@ arms.
 An arm is a function that returns a context manager; within it the model is in the arm's state (a router set,
 an expert switched on, adapters off). Where rows of one batch need different states (oracle: every task its
 own expert), the context manager yields a `PerRow`, which is entered around every batch with the items of its
-rows.
+rows. Where log-likelihoods are made otherwise (thoughts), it yields an `OwnScoring`.
 
     results = evaluate(model, tokenizer, tasks, {"base": lambda: adapters_off(model), "phatgoose":
     nullcontext})
@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +49,16 @@ class PerRow:
     batch whose row b belongs to the item `refs[b]`."""
 
     enter: Callable[[Sequence[ItemRef]], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class OwnScoring:
+    """What an arm's context manager yields if its log-likelihoods are not those of one forward of the model:
+    `score(batch, leaves)` adds a batch's predictions to `leaves`, as scoring.score_batch does. `options` go to
+    `model.generate`."""
+
+    score: Callable[[TreeBatch, LeafScores], None]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -192,15 +202,19 @@ def _run(
     """One arm over the plan: per task the indices of this rank's items and their scores."""
     leaves = LeafScores.zeros(len(plan.leaf_length_L), device)
     for tree in plan.trees:
-        with _rows(state, tree.refs):
-            score_batch(model, tree, leaves)
+        if isinstance(state, OwnScoring):
+            state.score(tree, leaves)
+        else:
+            with _rows(state, tree.refs):
+                score_batch(model, tree, leaves)
         tick()
     tasks = {task.name: task for task in plan.tasks}
     eos, pad = end_of_text(tokenizer), padding(tokenizer)
     generated: dict[ItemRef, bool] = {}
     for batch in plan.prompts:
+        options = state.options if isinstance(state, OwnScoring) else {}
         with _rows(state, batch.refs):
-            texts = generate_batch(model, batch, eos, pad)
+            texts = generate_batch(model, batch, eos, pad, **options)
         for ref, new in zip(batch.refs, texts, strict=True):
             task = tasks[ref.task]
             generated[ref] = is_correct(new, task.items[ref.index].target, task, tokenizer)

@@ -59,6 +59,7 @@ class TreeBatch:
     token_BT, position_BT int64; branch_BT int32: 0 prompt, 1.. leaves, -1 padding
     source_U  index into the flattened [B*T]    where_P  index into U    target_P  token id
     leaf_P    number of the leaf in the plan    end_P    True where the target is end-of-text
+    rows      what the tensors were made of
     """
 
     refs: tuple[ItemRef, ...]
@@ -70,6 +71,7 @@ class TreeBatch:
     target_P: torch.Tensor
     leaf_P: torch.Tensor
     end_P: torch.Tensor
+    rows: tuple[TreeRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def collate(rows: Sequence[TreeRow], eos: int, pad: int, device: torch.device | 
         tensor(target),
         tensor(leaf_number),
         tensor(end, torch.bool),
+        tuple(rows),
     )
 
 

@@ -128,6 +128,18 @@ def summary(results: Results) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def arm_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows for a terminal: every arm, accuracy in per cent and difference from the baseline, with intervals, and
+    nats per answer token; means over all tasks."""
+    rows = []
+    for arm in results.arms:
+        mean = results.mean(arm)
+        if mean is not None:
+            difference = "" if mean.difference is None else percent(mean.difference, signed=True)
+            rows.append([arm, percent(mean.accuracy), difference, f"{mean.nats.value:.3f}"])
+    return ["arm", "right", f"minus {results.baseline}", "nats a token"], rows
+
+
 def gap_closed(results: Results, arm: str, group: str = ALL) -> float | None:
     """Share of the way from the baseline to the oracle; None without an oracle above the baseline."""
     ends = [results.mean(name, group) for name in (results.baseline, arm, ORACLE)]

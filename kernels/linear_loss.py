@@ -42,14 +42,17 @@ def token_nll(
     recompute: bool = True,
     pieces: int | None = None,
     entropy: bool = True,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(-log softmax(head(h) / temperature)[label], entropy of that softmax), fp32 [T] each; the entropy is detached,
-    and 0 where it is not asked for.
+    """(-log softmax(head(h) / temperature)[label], entropy of that softmax), fp32 [T] each; the entropy is detached
+    unless `entropy_gradient`, and 0 where it is not asked for.
 
     labels_T  int64, all of them valid      banned  int64 token ids whose logit is -inf, as in sampling; None: none
     recompute False needs a head without trainable parameters
     """
-    settings = {"temperature": temperature, "banned": banned, "entropy": entropy}
+    settings = {
+        "temperature": temperature, "banned": banned, "entropy": entropy, "entropy_gradient": entropy_gradient,
+    }  # fmt: skip
     count = pieces or num_pieces(labels_T.numel(), head)
     parts = zip(hidden_TD.tensor_split(count), labels_T.tensor_split(count))
     if recompute and torch.is_grad_enabled():
@@ -96,23 +99,30 @@ def scores(logits: Tensor, temperature: float = 1.0, banned: Tensor | None = Non
 
 
 def _nll(
-    head: nn.Module, hidden_TD: Tensor, labels_T: Tensor, temperature: float, banned: Tensor | None, entropy: bool
-) -> tuple[Tensor, Tensor]:
+    head: nn.Module, hidden_TD: Tensor, labels_T: Tensor, temperature: float, banned: Tensor | None, entropy: bool,
+    entropy_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide_TV = scores(head(hidden_TD), temperature, banned)
     nll_T = nn.functional.cross_entropy(wide_TV, labels_T, reduction="none")
+    if entropy_gradient:
+        logprob_TV = wide_TV.log_softmax(-1)
+        return nll_T, -(logprob_TV.exp() * logprob_TV.masked_fill(logprob_TV == -torch.inf, 0.0)).sum(-1)
     return nll_T, _entropy(wide_TV.detach().softmax(-1)) if entropy else torch.zeros_like(nll_T)
 
 
 def _nll_and_slope(
-    logits_TV: Tensor, labels_T: Tensor, temperature: float, banned: Tensor | None, entropy: bool, **_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(nll, entropy, d nll / d logits = (p - onehot) / temperature)."""
+    logits_TV: Tensor, labels_T: Tensor, temperature: float, banned: Tensor | None, entropy: bool, entropy_gradient: bool,
+    **_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(nll, entropy, d nll / d logits = (p - onehot) / temperature), and d entropy / d logits = -p (log p + entropy) /
+    temperature if it is asked for."""
     wide_TV = scores(logits_TV, temperature, banned)
     nll_T = nn.functional.cross_entropy(wide_TV, labels_T, reduction="none")
     p_TV = wide_TV.softmax(-1)
-    entropy_T = _entropy(p_TV) if entropy else torch.zeros_like(nll_T)
+    entropy_T = _entropy(p_TV) if entropy or entropy_gradient else torch.zeros_like(nll_T)
+    more = [(torch.special.entr(p_TV) - p_TV * entropy_T[:, None]) / temperature] if entropy_gradient else []
     p_TV.scatter_add_(1, labels_T[:, None], torch.full_like(nll_T, -1.0)[:, None])
-    return nll_T, entropy_T, p_TV / temperature
+    return nll_T, entropy_T, p_TV / temperature, *more
 
 
 def _entropy(p_TV: Tensor) -> Tensor:
@@ -135,7 +145,8 @@ def _divergence_and_slope(logits_TV: Tensor, teacher_TD: Tensor, head: nn.Module
 
 
 class _Fused(torch.autograd.Function):
-    """One piece: values [T], and the gradient of the hidden states made at once, while the logits are there."""
+    """One piece: values [T], and the gradient of the hidden states made at once, while the logits are there. The second
+    value has one only if `slope` returns a fourth tensor."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -144,14 +155,16 @@ class _Fused(torch.autograd.Function):
         with torch.enable_grad():
             leaf_TD = hidden_TD.detach().requires_grad_()
             logits_TV = head(leaf_TD)
-        value_T, extra_T, slope_TV = slope(logits_TV.detach(), other, head=head, **settings)
-        (slope_TD,) = torch.autograd.grad(logits_TV, leaf_TD, slope_TV.to(logits_TV.dtype))
-        ctx.save_for_backward(slope_TD)
-        ctx.mark_non_differentiable(extra_T)
+        value_T, extra_T, *slopes = slope(logits_TV.detach(), other, head=head, **settings)
+        ctx.save_for_backward(
+            *(torch.autograd.grad(logits_TV, leaf_TD, s.to(logits_TV.dtype), retain_graph=True)[0] for s in slopes)
+        )
+        if len(slopes) == 1:
+            ctx.mark_non_differentiable(extra_T)
         return value_T, extra_T
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[None, None, Tensor, None, None]:  # type: ignore[override]
-        (slope_TD,) = ctx.saved_tensors
-        grad_TD = slope_TD.to(grad_T.dtype) * grad_T[:, None]
-        return None, None, grad_TD.to(slope_TD.dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, None, None]:  # type: ignore[override]
+        slopes = ctx.saved_tensors
+        grad_TD = sum(slope_TD.to(grad_T.dtype) * grad_T[:, None] for slope_TD, grad_T in zip(slopes, grads))
+        return None, None, grad_TD.to(slopes[0].dtype), None, None  # type: ignore[union-attr]

@@ -83,7 +83,7 @@ def evaluate(
         _no_activations()
     where = _device(device)
     _join_peers()
-    routed = load(model, base=base, router=router, k=k, device=where)
+    routed = load(model, base=base, router=router, k=k, device=where, thoughts=False)  # the arms are routers
     attached = state(routed)
     names = arms or list(dict.fromkeys([baseline, attached.router]))
     rows, limited = build_arms(names, routed, attached.library, found, attached.k, seed, _no_activations)

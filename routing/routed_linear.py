@@ -18,13 +18,15 @@ from .routers import RouterKind, Routing
 
 
 class RoutedLinear(nn.Module):
-    """`y = base(x)`, plus what the adapter adds. The base linear is the model's own module, untouched."""
+    """`y = base(x)`, plus what the adapter adds, plus what lies on top of that (on_top.py). The base linear is the model's
+    own module, untouched."""
 
     def __init__(self, name: str, base: nn.Linear) -> None:
         super().__init__()
         self.name = name
         self.base = base
         self.adapter: nn.Module | None = None
+        self.on_top: nn.Module | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -45,7 +47,9 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> y [..., O]."""
         y = self.base(x)
-        return y if self.adapter is None else self.adapter(x, y)
+        if self.adapter is not None:
+            y = self.adapter(x, y)
+        return y if self.on_top is None else self.on_top(x, y)
 
     def route(self, x: Tensor) -> Routing:
         """The experts this site would choose for x [..., I], tokens flattened."""

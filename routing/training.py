@@ -40,11 +40,13 @@ class PackedRows(Protocol):
 
 
 class RowContext:
-    """What the sites of a model read during one forward and its backward: the adapters (and gates) of every row."""
+    """What the sites of a model read during one forward and its backward: the adapters (and gates) of every row, or the
+    share [B, T, 1] with which a token's adapter counts at every site."""
 
     def __init__(self) -> None:
         self.adapters: list[tuple[Tensor, Tensor]] = []
         self.gates: list[Tensor] | None = None
+        self.shares: Sequence[Tensor] | None = None
 
 
 class RowAdapter(nn.Module):
@@ -64,7 +66,7 @@ class RowAdapter(nn.Module):
                 code="RTE-003",
             )
         x_BTI = x.reshape(rows, -1, width)
-        gate_BT1 = None
+        gate_BT1 = None if self.context.shares is None else self.context.shares[self.index]
         if self.context.gates is not None:
             gate_BT1 = torch.sigmoid(gate_logits(x_BTI, self.context.gates[self.index])).to(x.dtype)
         return add_row_lora(y.reshape(rows, -1, y.shape[-1]), x_BTI, a_BRI, b_BOR, gate_BT1, self.scale).view_as(y)
@@ -108,25 +110,26 @@ class FlatBank(nn.Module):
         return _GatherRows.apply(torch.stack([self.flat(name) for name in self.names]), expert_B, dtype)  # type: ignore[return-value]
 
 
+def initial_adapter(layout: AdapterLayout, name: str, seed: int) -> Tensor:
+    """A fresh LoRA [P] as PEFT makes it: A uniform in +-1/sqrt(I) (Kaiming, a = sqrt 5), B zero."""
+    adapters = {}
+    for site, rank in zip(layout.sites, layout.ranks):
+        bound = site.in_features**-0.5
+        a_RI = torch.empty(rank, site.in_features)
+        a_RI.uniform_(-bound, bound, generator=generator(seed, "expert", name, site.name))
+        adapters[site.name] = (a_RI, torch.zeros(site.out_features, rank))
+    return layout.flatten(adapters)
+
+
 class ExpertBank(FlatBank):
-    """LoRA experts, initialised as PEFT does: A uniform in +-1/sqrt(I) (Kaiming, a = sqrt 5), B zero.
+    """LoRA experts, initialised by `initial_adapter`.
 
     The numbers depend on seed, expert name and site only, never on the other experts.
     """
 
     def __init__(self, layout: AdapterLayout, names: Sequence[str], seed: int) -> None:
-        super().__init__({name: self._initial(layout, name, seed) for name in names})
+        super().__init__({name: initial_adapter(layout, name, seed) for name in names})
         self.layout = layout
-
-    @staticmethod
-    def _initial(layout: AdapterLayout, name: str, seed: int) -> Tensor:
-        adapters = {}
-        for site, rank in zip(layout.sites, layout.ranks):
-            bound = site.in_features**-0.5
-            a_RI = torch.empty(rank, site.in_features)
-            a_RI.uniform_(-bound, bound, generator=generator(seed, "expert", name, site.name))
-            adapters[site.name] = (a_RI, torch.zeros(site.out_features, rank))
-        return layout.flatten(adapters)
 
 
 class GateBank(FlatBank):

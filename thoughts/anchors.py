@@ -41,7 +41,7 @@ def choose_anchors(
     labels_BL, length = rows.labels_BT, rows.labels_BT.shape[1]
     row_ids = torch.arange(labels_BL.shape[0], device=labels_BL.device) if row_ids is None else row_ids
     index_L = torch.arange(length, device=labels_BL.device)
-    key_BL = (row_ids[:, None] << 24) + index_L
+    key_BL = anchor_key(row_ids[:, None], index_L)
     starts_BL = document_starts(rows.segment_BT)
     can_BL = candidates(config, rows)
     if config.anchors == "every" and config.limit is None:
@@ -56,6 +56,11 @@ def choose_anchors(
     safe_BA = torch.where(valid_BA, index_BA, 0)
     start_BA, key_BA = starts_BL.gather(1, safe_BA), key_BL.gather(1, safe_BA)
     return Anchors(torch.where(valid_BA, index_BA, -1), start_BA, valid_BA, key_BA)
+
+
+def anchor_key(row_ids: Tensor, position: Tensor) -> Tensor:
+    """int64, broadcast: what names the random numbers of an anchor, by the row's number in the data and its position."""
+    return (row_ids << 24) + position
 
 
 def anchors_in_row(config: ThoughtConfig, length: int) -> int:

@@ -124,7 +124,7 @@ def thought_inputs(state: PrefixState | BranchState, device: torch.device) -> di
 def switch(model: nn.Module) -> None:
     """Let `model` run `quietgoose_thoughts`; calls without a thought state stay as they were. Idempotent.
 
-    RecipeError CFG-083 for a model whose attention branches cannot follow (no config, encoder-decoder).
+    RecipeError CFG-103 for a model whose attention branches cannot follow (no config, encoder-decoder).
     """
     config = _text_config(model)
     if config._attn_implementation != NAME:
@@ -143,7 +143,7 @@ def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
         raise RecipeError(
-            f"{type(model).__name__}: thoughts need a causal language model of transformers", code="CFG-083"
+            f"{type(model).__name__}: thoughts need a causal language model of transformers", code="CFG-103"
         )
     return config.get_text_config(decoder=True)
 
@@ -165,7 +165,7 @@ def thoughts_attention(
             raise RecipeError(
                 f"{type(module).__name__} did not get the keyword {KEYWORD}: this model does not hand keywords on to its "
                 "attention, so thoughts cannot run through it",
-                code="CFG-083",
+                code="CFG-103",
             )
         with _as_before(module.config) as stock:
             return stock_attention(
@@ -173,14 +173,14 @@ def thoughts_attention(
             )
     if not getattr(module, "is_causal", True):
         raise RecipeError(
-            f"{type(module).__name__} is not causal: thoughts need a causal language model", code="CFG-083"
+            f"{type(module).__name__} is not causal: thoughts need a causal language model", code="CFG-103"
         )
     for name in REFUSED_EXTRAS:
         if kwargs.get(name) is not None:
             raise RecipeError(
                 f"{type(module).__name__} uses {name} = {kwargs[name]!r} in its attention: thoughts need full causal "
                 "attention without it",
-                code="CFG-083",
+                code="CFG-103",
             )
     if dropout:
         raise QuietGooseError("thoughts run without attention dropout: put the model in eval mode", code="THT-002")

@@ -20,13 +20,13 @@ START, END = PAUSE, -2
 
 
 def language_head(model: Any) -> Any:
-    """The output embedding; RecipeError CFG-083 where logits are more than a linear function of the hidden state."""
+    """The output embedding; RecipeError CFG-103 where logits are more than a linear function of the hidden state."""
     for name in HEAD_EXTRAS:
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise RecipeError(
                 f"{type(model).__name__} has {name} = {getattr(model.config, name)}: thoughts mix hidden states before a "
                 "plain linear head",
-                code="CFG-083",
+                code="CFG-103",
             )
     return model.get_output_embeddings()
 

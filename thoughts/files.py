@@ -1,7 +1,8 @@
 """START, END and the mixing head in one safetensors file, fp32, bit for bit. Loading never makes up a tensor.
 
 meta [2, D]      head.0 .. head.4 (none for the head "thought")
-metadata         format, head kind, w0: what the numbers mean without a recipe
+metadata         format, head kind, w0: what the numbers mean without a recipe; as JSON under one key, because safetensors
+                 writes several in random order and equal files are to have equal hashes
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -21,6 +23,7 @@ from .config import ThoughtConfig
 from .parameters import ThoughtParameters, ThoughtTensors
 
 FORMAT = "quietgoose-thoughts-1"
+KEY = "quietgoose"
 KINDS = ("paper", "bounded", "thought")
 
 
@@ -30,8 +33,8 @@ def save_thoughts(tensors: ThoughtTensors, path: Path) -> None:
     for name, tensor in named.items():
         if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"thoughts: {name} is empty or not finite; nothing was written", code="EXP-003")
-    metadata = {"format": FORMAT, "head": tensors.kind, "initial_weight": repr(float(tensors.initial_weight))}
-    write_atomic(path, save(named, metadata=metadata))
+    meaning = {"format": FORMAT, "head": tensors.kind, "initial_weight": float(tensors.initial_weight)}
+    write_atomic(path, save(named, metadata={KEY: json.dumps(meaning, sort_keys=True)}))
 
 
 def load_thoughts(path: Path, width: int) -> ThoughtParameters:
@@ -63,19 +66,18 @@ def _named(tensors: ThoughtTensors) -> dict[str, Tensor]:
     }
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """The header's text entries; the file has been checked."""
+def _metadata(path: Path) -> dict[str, Any]:
+    """What the file says of itself; its tensors have been checked."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     found = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    if not isinstance(found, dict):
-        raise SecurityError(f"{path}: its metadata is no JSON object", code="SEC-005")
-    return found
-
-
-def _number(text: object) -> float | None:
     try:
-        found = float(text) if isinstance(text, str) else math.nan
-    except ValueError:
-        return None
-    return found if math.isfinite(found) else None
+        meaning = json.loads(found[KEY]) if isinstance(found, dict) and KEY in found else {}
+    except (TypeError, ValueError) as error:
+        raise SecurityError(f"{path}: its metadata is no JSON object", code="SEC-005") from error
+    return meaning if isinstance(meaning, dict) else {}
+
+
+def _number(value: object) -> float | None:
+    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if right else None  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..base.errors import QuietGooseError
 from ..base.seeding import generator
 from ..kernels.linear_loss import token_divergence, token_nll
 from . import objective, stats
@@ -28,7 +29,7 @@ from .config import ThoughtConfig
 from .parameters import ThoughtTensors
 from .policy import Policy, PolicyTensors
 from .prefix import run_prefix
-from .rollout import RolloutGraphs, rollout
+from .rollout import RolloutGraphs, banned_tokens, rollout
 from .scoring import gap_sums
 from .types import TERMS, Prefix, Rows, ThoughtLoss, Thoughts
 
@@ -71,8 +72,12 @@ def thought_loss(
                    measured against it instead of against this model without a thought
     graphs         captured rollout steps, kept by the caller; None: uncaptured
     measure_gap    also score the first chunk's thoughts at other anchors (own minus shuffled): two branch passes more
+
+    Without gradients outside (no_grad, inference_mode) only the numbers are made. Raises QuietGooseError THT-002 for a
+    model that drops out, THT-004 for one that checkpoints activations while `bind` replaces its adapters.
     """
     tensors = policy.tensors()
+    _check_checkpointing(policy.model, tensors)
     coefficients = config.coefficients()
     with policy.bind(tensors):
         prefix = run_prefix(policy.model, rows)
@@ -120,12 +125,14 @@ class _PhaseTwo:
         self.policy, self.rows, self.thoughts, self.config = policy, rows, thoughts, config
         self.tensors, self.prefix = tensors, prefix
         self.weights_M, self.reference_BL, self.chunk = weights_M.detach(), reference_BL, chunk
+        self.differentiates = torch.is_grad_enabled()
         self.sums = reference_BL.new_zeros(len(TERMS) - 1)
         self.stats = stats.empty(reference_BL.device)
-        self.banned = torch.tensor(config.banned, device=reference_BL.device) if config.banned else None
+        self.banned = banned_tokens(config, language_head(policy.model), reference_BL.device)
 
     def __call__(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """(value, gradient of every wanted input). `inputs` are tensors.flat() and prefix.flat()."""
+        wanted = [want and self.differentiates for want in wanted]  # autograd asks whatever the mode outside
         leaves = [_leaf(x) if want else x.detach() for x, want in zip(inputs, wanted)]
         targets = [leaf for leaf, want in zip(leaves, wanted) if want]
         own = len(self.tensors.flat())
@@ -137,9 +144,9 @@ class _PhaseTwo:
             with torch.set_grad_enabled(bool(targets)), self.policy.bind(tensors):
                 terms_M = self.terms(tensors.thought, prefix, part)
                 chunk_value = (self.weights_M[1:] * terms_M).sum()
+                if chunk_value.requires_grad:  # inside `bind`: what is recomputed on the way back runs the model again
+                    _accumulate(totals, torch.autograd.grad(chunk_value, targets, allow_unused=True))
             value, self.sums = value + chunk_value.detach(), self.sums + terms_M.detach()
-            if chunk_value.requires_grad:
-                _accumulate(totals, torch.autograd.grad(chunk_value, targets, allow_unused=True))
         found = iter(total.to(target.dtype) for total, target in zip(totals, targets))
         return value, [next(found) if want else None for want in wanted]
 
@@ -174,10 +181,12 @@ class _PhaseTwo:
         with _gradient_if(config.has_policy):
             nll, entropy = token_nll(
                 head, hidden, thoughts.tokens_BAST.flatten(), temperature=config.policy_temperature, banned=self.banned,
-                recompute=trains(head),
+                recompute=trains(head), entropy_gradient=config.has_entropy_bonus,
             )  # fmt: skip
         logprob_BAST, old_BAST = -nll.view(shape), thoughts.logprob_BAST
         loss_BAST = policy_loss(config, logprob_BAST, old_BAST, advantage_BAS)
+        if config.has_entropy_bonus:  # beta multiplies the whole term, and the bonus is no part of it
+            loss_BAST = loss_BAST - config.entropy_bonus / config.beta * entropy.view(shape)
         valid_BA = ahead.valid_BAJ.any(-1)
         comparable = config.temperature == config.policy_temperature
         cap = config.ratio_cap if config.ratio_cap is not None else 1.0 + (config.clip or 1.0)
@@ -208,6 +217,17 @@ class _TakenAtOnce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (None, *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors))
+
+
+def _check_checkpointing(model: Any, tensors: PolicyTensors) -> None:
+    """The prefix's backward runs after `thought_loss`, outside `bind`: what it computes again must not need it."""
+    checkpoints = model.training and getattr(model, "is_gradient_checkpointing", False)
+    if checkpoints and torch.is_grad_enabled() and not all(tensor.is_leaf for tensor in tensors.adapters):
+        raise QuietGooseError(
+            "thoughts with adapters that are bound from outside cannot checkpoint activations: put the model in eval mode; "
+            "`chunk` bounds the memory of the gradient pass",
+            code="THT-004",
+        )
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..base.errors import QuietGooseError
 from .attention import PrefixState, switch, thought_inputs
 from .types import Prefix, Rows
 
@@ -17,8 +18,11 @@ from .types import Prefix, Rows
 def run_prefix(model: Any, rows: Rows) -> Prefix:
     """One forward of `model` (a causal LM) over the rows; documents do not see each other.
 
-    One synchronisation with the host: whether a mask is needed at all.
+    One synchronisation with the host: whether a mask is needed at all. QuietGooseError THT-002 for a model that drops out:
+    rollout and gradient pass would be two policies.
     """
+    if model.training:
+        _refuse_dropout(model)
     switch(model)
     state = PrefixState(document_mask(rows.segment_BT))
     out = model.base_model(
@@ -26,6 +30,14 @@ def run_prefix(model: Any, rows: Rows) -> Prefix:
     )
     keys, values = state.close()
     return Prefix(out.last_hidden_state, keys, values, one_document=state.mask_B1LL is None)
+
+
+def _refuse_dropout(model: Any) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            raise QuietGooseError(
+                f"thoughts run without dropout, and {name} drops {module.p}: put the model in eval mode", code="THT-002"
+            )
 
 
 def document_mask(segment_BT: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..base.errors import RecipeError
+from ..base.errors import QuietGooseError, RecipeError
 from ..kernels.linear_loss import num_pieces, scores
 from .attention import BranchState, switch
 from .branch import first_position, language_head, run_branches
@@ -28,25 +28,32 @@ from .types import PAUSE, Anchors, Prefix, Rows, Thoughts
 
 WARM_STEPS = 2  # real steps before the capture: library handles, autotuning
 KEPT_GRAPHS = 2  # shapes in use at a time: training, and scoring beside it
+KEPT_ROLLOUTS = 32  # a shape that was not used for so many rollouts gives its buffers back
 
 
 class RolloutGraphs:
     """Captured steps by shape, kept from one rollout to the next. One object for one policy; CUDA only, else idle.
 
-    Parameters that are leaves are read where they lie; everything else a step reads is copied into static buffers.
-    Not for ZeRO-3 (parameters move) nor for a model that waits for the device in its forward.
+    Parameters that are leaves are read where they lie, and a step is captured again when they have moved; everything else
+    a step reads is copied into static buffers. A shape keeps its thought store and a copy of the prefix on the device.
+    Not for ZeRO-3 (parameters come and go) nor for a model that waits for the device in its forward (THT-005).
     """
 
     def __init__(self) -> None:
-        self._steppers: dict[Hashable, _Stepper] = {}
+        self._steppers: dict[Hashable, tuple[_Stepper, int]] = {}
+        self._rollouts = 0
 
     def get(self, key: Hashable, make: Callable[[], _Stepper]) -> _Stepper:
-        """The captured step of this shape; the shape that was used longest ago makes room for a new one."""
-        found = self._steppers.pop(key, None) or make()
-        self._steppers[key] = found
-        while len(self._steppers) > KEPT_GRAPHS:
-            del self._steppers[next(iter(self._steppers))]
-        return found
+        """The captured step of this shape. The shapes used longest ago make room before a new one takes any."""
+        self._rollouts += 1
+        found = self._steppers.pop(key, None)
+        oldest_first = [(other, used) for other, (_, used) in self._steppers.items()]
+        for place, (other, used) in enumerate(oldest_first):
+            if self._rollouts - used > KEPT_ROLLOUTS or len(oldest_first) - place >= KEPT_GRAPHS:
+                del self._steppers[other]
+        stepper = make() if found is None else found[0]
+        self._steppers[key] = (stepper, self._rollouts)
+        return stepper
 
 
 @torch.no_grad()
@@ -68,6 +75,8 @@ def rollout(
     at_once  anchors of a row that are sampled together (None: all); bounds memory, changes nothing that is drawn
     greedy   the most likely token instead of a draw (its log-probability is that of the distribution)
     graphs   reuse captured steps; None: no capture
+    Raises RecipeError CFG-100 for banned tokens that the vocabulary does not have, QuietGooseError THT-005 for a model
+    whose forward cannot be captured.
     """
     switch(policy.model)
     device = rows.tokens_BT.device
@@ -133,6 +142,7 @@ class _Stepper:
         self.policy, self.config, self.greedy, self.capture = policy, config, greedy, capture
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0
+        self.places: list[int] = []
         self.tensors: PolicyTensors | None = None
         self.prefix: Prefix | None = None
         device, key = anchors.index_BA.device, prefix.keys[0]
@@ -151,7 +161,7 @@ class _Stepper:
             *branches, config.tokens, device=device, dtype=torch.promote_types(key.dtype, torch.float32)
         )
         self.samples_S = torch.arange(config.samples, device=device)
-        self.banned = torch.tensor(config.banned, device=device, dtype=torch.int64) if config.banned else None
+        self.banned = banned_tokens(config, language_head(policy.model), device)
         slots = (rows, key.shape[1], count, config.samples, config.tokens, key.shape[3])
         self.store = ThoughtStore(config.rollout_cache, len(prefix.keys), slots, key.dtype, device)
 
@@ -165,11 +175,19 @@ class _Stepper:
         if self.tensors is None or self.prefix is None:
             self.tensors = tensors.with_flat([_static(t) for t in tensors.flat()])
             self.prefix = prefix.with_flat([t.clone() for t in prefix.flat()])
+            self.places = self._places()
             return
         pairs = [*zip(self.tensors.flat(), tensors.flat()), *zip(self.prefix.flat(), prefix.flat())]
         for mine, new in pairs:
             if mine is not new:
                 mine.copy_(new.detach())
+        if (places := self._places()) != self.places:  # what was captured reads memory that is no longer theirs
+            self.places, self.graph, self.warm = places, None, 0
+
+    def _places(self) -> list[int]:
+        """Where everything lies that a captured step reads in place."""
+        model = self.policy.model
+        return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
     def run(self, anchors: Anchors, rows: Rows) -> tuple[Tensor, Tensor]:
         """All T steps: tokens and log-probabilities [B, A, S, T]."""
@@ -189,12 +207,26 @@ class _Stepper:
             self.warm += 1
             self._one_step()
         else:
+            self.graph = self._captured()
+            self.graph.replay()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """One step as a graph; capturing runs nothing."""
+        try:
             graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize(self.step.device)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._one_step()
-            self.graph = graph
-            graph.replay()
+            with torch.cuda.device(self.step.device):
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._one_step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise QuietGooseError(
+                f"a step of {type(self.policy.model).__name__} cannot be captured in a CUDA graph ({error}); its forward "
+                "probably waits for the device. Sample without captured steps (graphs=None)",
+                code="THT-005",
+            ) from error
+        return graph
 
     def _one_step(self) -> None:
         """What is captured: the last token enters the branch, the next one is drawn."""
@@ -228,19 +260,32 @@ def _stepper(
     graphs: RolloutGraphs | None,
 ) -> _Stepper:
     like = _padded(anchors.part(0, size), size)
-    if size < anchors.count:  # the promise differs from chunk to chunk, and a captured step has one
-        like = Anchors(like.index_BA, like.start_BA, like.valid_BA, like.key_BA)
     capture = graphs is not None and like.index_BA.is_cuda
+    if size < anchors.count or capture:  # a stepper keeps one promise, chunks and micro-batches have several
+        like = Anchors(like.index_BA, like.start_BA, like.valid_BA, like.key_BA)
     if graphs is None or not capture:
         return _Stepper(policy, prefix, like, config, greedy, capture=False)
-    shapes = tuple((tuple(t.shape), t.dtype) for t in (*prefix.flat(), *tensors.flat(), like.index_BA))
-    key = (config, greedy, like.consecutive_from, shapes)
-    return graphs.get(key, lambda: _Stepper(policy, prefix, like, config, greedy, capture=True))
+    return graphs.get(
+        graph_key(tensors, prefix, like, config, greedy),
+        lambda: _Stepper(policy, prefix, like, config, greedy, capture=True),
+    )
+
+
+def graph_key(
+    tensors: PolicyTensors, prefix: Prefix, anchors: Anchors, config: ThoughtConfig, greedy: bool
+) -> Hashable:
+    """What a captured step is good for: all sizes and settings, and the parameters that it reads in place."""
+    shapes = tuple((tuple(t.shape), t.dtype) for t in (*prefix.flat(), *tensors.flat(), anchors.index_BA))
+    return config, greedy, shapes, tuple(id(t) for t in tensors.flat() if _read_in_place(t))
 
 
 def _static(tensor: Tensor) -> Tensor:
     """A parameter as it lies; a copy of anything else."""
-    return tensor if tensor.is_leaf and tensor.requires_grad else tensor.detach().clone()
+    return tensor if _read_in_place(tensor) else tensor.detach().clone()
+
+
+def _read_in_place(tensor: Tensor) -> bool:
+    return tensor.is_leaf and tensor.requires_grad
 
 
 def _padded(anchors: Anchors, size: int) -> Anchors:
@@ -257,15 +302,34 @@ def _padded(anchors: Anchors, size: int) -> Anchors:
     return Anchors(index, start, valid, key)
 
 
+def banned_tokens(config: ThoughtConfig, head: Any, device: torch.device) -> Tensor | None:
+    """int64 ids that no thought may hold, ascending; None: there are none. RecipeError CFG-100 for an id that is no row of
+    the vocabulary, and where no token is left."""
+    if not config.banned:
+        return None
+    banned, vocabulary = sorted(set(config.banned)), head.out_features
+    if banned[0] < 0 or banned[-1] >= vocabulary:
+        raise RecipeError(f"thoughts.banned is {banned}; the vocabulary has ids 0 to {vocabulary - 1}", code="CFG-100")
+    if len(banned) == vocabulary:
+        raise RecipeError("thoughts.banned holds every token of the vocabulary", code="CFG-100")
+    return torch.tensor(banned, dtype=torch.int64, device=device)
+
+
+def random_tokens(head: Any, config: ThoughtConfig, uniform_X: Tensor) -> tuple[Tensor, Tensor]:
+    """(token int64 [X], its log-probability fp32 [X]) of control random_thoughts, from uniform numbers of any shape: every
+    token that is not banned is equally likely. No synchronisation with the host."""
+    banned = banned_tokens(config, head, torch.device("cpu"))
+    skipped = [] if banned is None else banned.tolist()
+    count = head.out_features - len(skipped)
+    token_X = (uniform_X * count).long().clamp_max(count - 1)
+    for token in skipped:  # ascending: each one makes room for itself
+        token_X = token_X + (token_X >= token)
+    return token_X, torch.full_like(uniform_X, -math.log(count))
+
+
 def _random_thoughts(model: Any, anchors: Anchors, config: ThoughtConfig, seed: Tensor) -> Thoughts:
-    """Control random_thoughts: every token equally likely among those that are not banned."""
+    """Control random_thoughts."""
     device = anchors.index_BA.device
-    vocabulary = language_head(model).out_features
-    kept = torch.tensor([t for t in range(vocabulary) if t not in set(config.banned)], device=device)
-    if kept.numel() == 0:
-        raise RecipeError("thoughts.banned holds every token of the vocabulary", code="CFG-080")
     samples_S1 = torch.arange(config.samples, device=device)[:, None]
     u_BAST = uniform(seed, anchors.key_BA[..., None, None], samples_S1, torch.arange(config.tokens, device=device))
-    place = (u_BAST * kept.numel()).long().clamp_max(kept.numel() - 1)
-    logprob = torch.full(u_BAST.shape, -math.log(kept.numel()), device=device)
-    return Thoughts(kept[place], logprob, anchors)
+    return Thoughts(*random_tokens(language_head(model), config, u_BAST), anchors)

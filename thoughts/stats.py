@@ -131,7 +131,7 @@ def summarise(sums: Tensor) -> dict[str, float]:
         found["rollout_kl"] = s["divergence"] / n
         found["ratio_mean"] = s["ratio"] / n
         found["ratio_capped_share"] = s["ratio_capped"] / n
-        found["effective_sample_share"] = s["ratio"] ** 2 / (n * s["ratio_square"])
+        found["effective_sample_share"] = s["ratio"] ** 2 / (n * s["ratio_square"]) if s["ratio_square"] else 0.0
     if s["gap_scored"]:
         found["own_gain"] = s["own_gain"] / s["gap_scored"]
         found["shuffled_gain"] = s["other_gain"] / s["gap_scored"]

@@ -36,9 +36,9 @@ class ThoughtStore:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """shape = (B, K, A, S, N, C). RecipeError CFG-084: int4 with an odd C."""
+        """shape = (B, K, A, S, N, C). RecipeError CFG-104: int4 with an odd C."""
         if kind == "int4" and shape[-1] % 2:
-            raise RecipeError(f"thoughts.rollout_cache int4 needs an even head size, not {shape[-1]}", code="CFG-084")
+            raise RecipeError(f"thoughts.rollout_cache int4 needs an even head size, not {shape[-1]}", code="CFG-104")
         self.kind, self.dtype = kind, dtype
         self._keys = [self._empty(shape, device) for _ in range(layers)]
         self._values = [self._empty(shape, device) for _ in range(layers)]

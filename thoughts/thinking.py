@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_loss import scores
+from .anchors import anchor_key
 from .branch import END, START, embed, language_head
 from .cached_text import CachedText
 from .config import ThoughtConfig
 from .gate import Gate
 from .parameters import ThoughtTensors, mix
 from .randomness import draw_seed, uniform
-from .rollout import draw
+from .rollout import banned_tokens, draw, random_tokens
 from .types import PAUSE
 
 
@@ -72,7 +73,7 @@ class Thinker:
         self.tensors, self.config, self.gate, self.greedy, self.generator = tensors, config, gate, greedy, generator
         self.tokens, self.samples = config.tokens, config.samples
         device = tensors.meta_2D.device
-        self.banned = torch.tensor(config.banned, dtype=torch.int64, device=device) if config.banned else None
+        self.banned = banned_tokens(config, self.head, device)
         self.seed: Tensor | None = None  # drawn at the first thought: without thoughts no random number is used up
         self.expanded = False
 
@@ -153,7 +154,7 @@ class Thinker:
         if self.seed is None:
             self.seed = draw_seed(self.generator, position_X.device)
         number_X = torch.arange(position_X.shape[0], device=position_X.device)
-        key_X = ((number_X // self.samples) << 24) + position_X  # as in anchors.choose_anchors
+        key_X = anchor_key(number_X // self.samples, position_X)
         steps_T = torch.arange(self.tokens, device=position_X.device)
         return uniform(self.seed, key_X[:, None], (number_X % self.samples)[:, None], steps_T)
 
@@ -162,17 +163,8 @@ class Thinker:
         if self.config.control == "pause":
             return torch.full(random_X.shape, PAUSE, device=random_X.device), torch.zeros_like(random_X)
         if self.config.control == "random_thoughts":
-            return self._any_token(random_X)
+            return random_tokens(self.head, self.config, random_X)
         return draw(self.head, hidden_XD, random_X, self.config.temperature, self.banned, self.greedy)
-
-    def _any_token(self, random_X: Tensor) -> tuple[Tensor, Tensor]:
-        """Every token that is not banned is equally likely, as in the rollout of this control."""
-        allowed = torch.ones(self.head.out_features, dtype=torch.bool, device=random_X.device)
-        if self.banned is not None:
-            allowed[self.banned] = False
-        kept = allowed.nonzero()[:, 0]
-        token_X = kept[(random_X * kept.numel()).long().clamp_max(kept.numel() - 1)]
-        return token_X, torch.full_like(random_X, -math.log(kept.numel()))
 
     def _embed(self, ids_Xn: Tensor) -> Tensor:
         return embed(self.model, self.tensors, ids_Xn)

@@ -9,13 +9,21 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ..base.errors import QuietGooseError, RecipeError, suggest
 from ..base.files import safe_name
 from .recipe import STAGES, BaseSettings, Recipe, SourceSettings, TrainSettings
 from .safe_yaml import read_yaml
+from .thought_settings import (
+    ROUTED,
+    check_thoughts,
+    has_experts,
+    has_thoughts,
+    thinks_over_experts,
+    thought_ranges,
+)
 
 Problem = tuple[str, str]
 SMOLLM2_CONTEXT = 8192
@@ -27,7 +35,7 @@ def check_recipe(recipe: Recipe) -> list[Problem]:
     if recipe.version != 1:
         return [("CFG-002", f"version: {recipe.version}; this release reads version 1")]
     checks: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
-        _ranges, _stages, _strategies, _base, _data, _experts, _router, _evaluate, _tracking, _resume,
+        _ranges, _stages, _strategies, _base, _data, _experts, _thoughts, _router, _evaluate, _tracking, _resume,
     )  # fmt: skip
     problems: list[Problem] = []
     for check in checks:
@@ -40,7 +48,10 @@ def check_recipe(recipe: Recipe) -> list[Problem]:
 
 def trains(recipe: Recipe) -> dict[str, TrainSettings]:
     """Training settings of the stages that train and are listed."""
-    known = {"base": recipe.base.train, "experts": recipe.experts.train, "gates": recipe.gates.train}
+    known = {
+        "base": recipe.base.train, "experts": recipe.experts.train, "gates": recipe.gates.train,
+        "thoughts": recipe.thoughts.train,
+    }  # fmt: skip
     return {name: known[name] for name in recipe.stages if name in known}
 
 
@@ -60,6 +71,7 @@ def _ranges(recipe: Recipe) -> Iterator[Problem]:
         ("data.sequence_length", recipe.data.sequence_length, 8, 1 << 20),
         ("experts.rank", recipe.experts.rank, 1, 1024),
         ("experts.alpha", recipe.experts.alpha, 1e-6, 1e6),
+        ("experts.misrouting", recipe.experts.misrouting, 0.0, 1.0),
         ("router.k", recipe.router.k, 1, 1024),
         ("evaluate.batch_tokens", recipe.evaluate.batch_tokens, 1, 1 << 30),
         ("evaluate.max_new_tokens", recipe.evaluate.max_new_tokens, 1, 1 << 20),
@@ -68,8 +80,11 @@ def _ranges(recipe: Recipe) -> Iterator[Problem]:
         ("checkpoint.keep", recipe.checkpoint.keep, 2, 1 << 20),
         ("seed", recipe.seed, 0, (1 << 63) - 1),
     ]
-    if recipe.evaluate.limit is not None:
-        numbers.append(("evaluate.limit", recipe.evaluate.limit, 1, 1 << 40))
+    for name, limit in (("limit", recipe.evaluate.limit), ("thoughts.limit", recipe.evaluate.thoughts.limit)):
+        if limit is not None:
+            numbers.append((f"evaluate.{name}", limit, 1, 1 << 40))
+    if "thoughts" in recipe.stages:
+        numbers += thought_ranges(recipe)
     for stage, train in trains(recipe).items():
         numbers += _train_ranges(f"{stage}.train", train)
     for name, value, low, high in numbers:
@@ -107,7 +122,11 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
     elif stages != order:
         yield "CFG-004", f"stages: {', '.join(stages)}; the order is {', '.join(order)}, each once"
     needs = {"experts": _needs_base(recipe), "gates": [*_needs_base(recipe), *_needs_experts(recipe)]}
-    needs["evaluate"] = needs["export"] = [*needs["gates"], "gates"]
+    needs["thoughts"] = _needs_base(recipe)
+    if thinks_over_experts(recipe):
+        needs["thoughts"] = [*needs["gates"], *(["gates"] if recipe.thoughts.over == ROUTED else [])]
+    routed = has_experts(recipe)
+    needs["evaluate"] = needs["export"] = [*needs["gates"], "gates"] if routed else [*_needs_base(recipe), "thoughts"]
     for stage in stages:
         for needed in needs.get(stage, []):
             if needed not in stages and not _finished(recipe, needed):
@@ -263,6 +282,22 @@ def _experts(recipe: Recipe) -> Iterator[Problem]:
         yield "CFG-003", "experts.targets: is empty; name linears (for example q_proj) or all-linear"
 
 
+def _thoughts(recipe: Recipe) -> Iterator[Problem]:
+    if "thoughts" not in recipe.stages:
+        return
+    if recipe.data.thoughts is not None:
+        _check_source(recipe.data.thoughts, "thoughts")
+    from .strategy import load_strategy
+
+    try:
+        strategy = load_strategy(recipe.thoughts.train.strategy or recipe.strategy)
+        zero_stage = int(strategy["zero_optimization"]["stage"])
+    except RecipeError:  # `_strategies` tells of it
+        zero_stage = None
+    context, _ = _context(recipe.base)
+    yield from check_thoughts(recipe, context, expert_names(recipe), zero_stage)
+
+
 def _router(recipe: Recipe) -> Iterator[Problem]:
     if not {"evaluate", "export"} & set(recipe.stages):
         return
@@ -275,6 +310,10 @@ def _evaluate(recipe: Recipe) -> Iterator[Problem]:
     settings = recipe.evaluate
     if "evaluate" not in recipe.stages:
         return
+    if has_thoughts(recipe):
+        yield from _evaluate_thoughts(recipe)
+    if not has_experts(recipe):
+        return  # nothing to route: the table of thoughts is the only one
     if not settings.collection and not settings.tasks:
         yield "CFG-026", "evaluate: no tasks; set evaluate.collection or evaluate.tasks"
     if len(set(settings.arms)) < len(settings.arms) or not settings.arms:
@@ -290,9 +329,36 @@ def _evaluate(recipe: Recipe) -> Iterator[Problem]:
         find_tasks(Path(settings.collection).expanduser(), settings.split, settings.include)
     elif settings.include:
         yield "CFG-011", "evaluate.include names tasks of a collection; set evaluate.collection to its folder"
-    for name, source in settings.tasks.items():
-        if not source.startswith("skills:") and not Path(source).expanduser().is_dir():
-            yield "DATA-002", f"evaluate.tasks.{name}: {source}: no such folder"
+    yield from _task_sources("evaluate.tasks", settings.tasks)
+
+
+def _evaluate_thoughts(recipe: Recipe) -> Iterator[Problem]:
+    settings = recipe.evaluate.thoughts
+    if not settings.tasks and not settings.generated and settings.text is None:
+        yield (
+            "CFG-026",
+            "evaluate.thoughts: nothing to measure thoughts on; set evaluate.thoughts.tasks, generated or text",
+        )
+    if not settings.arms or len(set(settings.arms)) < len(settings.arms):
+        yield (
+            "CFG-025",
+            f"evaluate.thoughts.arms: {', '.join(settings.arms) or 'none'}; name each arm once, at least one",
+        )
+    if settings.text is not None:
+        _check_source(settings.text, "evaluate.thoughts.text")
+    yield from _task_sources("evaluate.thoughts.tasks", settings.tasks)
+    yield from _task_sources("evaluate.thoughts.generated", settings.generated)
+
+
+def _task_sources(where: str, tasks: Mapping[str, str]) -> Iterator[Problem]:
+    from .data.rows import SKILLS, STEPS
+    from .steps_skills import parse_name
+
+    for name, source in tasks.items():
+        if source.startswith(STEPS):
+            parse_name(source.removeprefix(STEPS))
+        elif not source.startswith(SKILLS) and not Path(source).expanduser().is_dir():
+            yield "DATA-002", f"{where}.{name}: {source}: no such folder"
 
 
 def _tracking(recipe: Recipe) -> Iterator[Problem]:

@@ -113,7 +113,8 @@ class StageConsole:
         rate = report.tokens / report.seconds if report.seconds > 0 else 0.0
         self._rate = rate if old is None else SMOOTHING * self._rate + (1 - SMOOTHING) * rate
         left = duration(self._seconds * (self._total - self._done))
-        self._last = f"loss {report.loss:.4f}, {self._rate:,.0f} tokens/s, {left} left"
+        thoughts = thought_facts(report)
+        self._last = f"loss {report.loss:.4f}{thoughts}, {self._rate:,.0f} tokens/s, {left} left"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self._done, facts=self._last)
         elif time.monotonic() - self._shown >= self._console.plain_seconds:
@@ -135,6 +136,13 @@ class StageConsole:
     def _plain(self) -> None:
         self._shown = time.monotonic()
         self._console.line(f"{self._name}: step {self._done} of {self._total}, {self._last}")
+
+
+def thought_facts(report: StepReport) -> str:
+    """What a person wants to see of thoughts at every step: nats they save and the mixing weight."""
+    if "reward_mean" not in report.extra:
+        return ""
+    return f", thoughts save {report.extra['reward_mean']:+.3f} nats, weight {report.extra['mixing_weight']:.2f}"
 
 
 class _Counter:

@@ -2,9 +2,9 @@
 
 The loss of a step is sum_e sum_E[e] / count_E[e] over all ranks and micro-batches, so its curve does not depend on
 world size, accumulation or ZeRO stage. Per step there is ONE collective and ONE wait for the device: a float64 vector
-with the loss sums, the squared gradient norm of every group and the caller's flags. From it every rank decides alike
-whether the step is finite, how each group is clipped (clipping is per group: N experts together equal N separate
-runs), and whether somebody asked to stop.
+with the loss sums, the squared gradient norm of every group, the caller's flags and the job's statistics. From it every
+rank decides alike whether the step is finite, how each group is clipped (clipping is per group: N experts together equal
+N separate runs), and whether somebody asked to stop.
 
 Called by train/loop.py; checkpoints go through train/checkpoint.py and train/state.py.
 """
@@ -31,7 +31,7 @@ from . import faults
 from . import strategy as strategies
 from .recipe import OptimizerSettings
 from .schedule import learning_rate
-from .types import Batch, StepBatch, StepReport
+from .types import Batch, LossTerms, StepBatch, StepReport
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -70,21 +70,31 @@ def shutdown() -> None:
 
 
 class _Root(nn.Module):
-    """Gives DeepSpeed a module that returns a tensor: ZeRO-3 hooks do not look inside our LossTerms."""
+    """Gives DeepSpeed a module that returns a tensor: ZeRO-3 hooks do not look inside our LossTerms. `terms` keeps them."""
 
     def __init__(self, job: nn.Module) -> None:
         super().__init__()
         self.job = job
+        self.terms: LossTerms | None = None
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.job(batch).sum_E
+        """The differentiable part: the sums by term [E], or the total of a job that weighs its terms itself."""
+        terms: LossTerms = self.job(batch)
+        self.terms = terms
+        return terms.sum_E if terms.total is None else terms.total
 
 
 class Engine:
     """A job module under DeepSpeed.
 
-    `groups`: `[{"name": ..., "params": [...]}]`, fp32, together exactly the parameters that need gradients.
+    `groups`: `[{"name": ..., "params": [...]}]`, fp32, together exactly the parameters that need gradients; `"lr_scale"` in
+    one multiplies its learning rate.
     `names`: the loss terms, in the order of `StepBatch.count_E`. `micro_count`: micro-batches per step on this rank.
+
+    A job may have more than a forward: `begin_step(step, weights_E)` is told the weight of every term before the step's
+    first forward; `extra_names` names the statistics in LossTerms.extra_X, whose sums over micro-batches and ranks
+    `summarise(sums)` turns into StepReport.extra; `main_terms` are the terms whose mean is StepReport.loss (default: all);
+    `kept()` gives further fp32 tensors, alike on all ranks, that checkpoints hold.
     """
 
     def __init__(
@@ -106,6 +116,10 @@ class Engine:
         self.world = distributed.world()
         self.device = torch.device(device)
         self.names = tuple(names)
+        self.job = module
+        self.extra_names: tuple[str, ...] = tuple(getattr(module, "extra_names", ()))
+        self.main_terms: tuple[str, ...] = tuple(getattr(module, "main_terms", self.names))
+        self.kept: dict[str, Tensor] = module.kept() if hasattr(module, "kept") else {}  # type: ignore[operator]
         self.group_names = tuple(str(group["name"]) for group in groups)
         self.optimizer_settings = optimizer
         self.total_steps = total_steps
@@ -126,8 +140,9 @@ class Engine:
         self.stage = int(self.config["zero_optimization"]["stage"])
         adamw = self._adamw(groups)
         self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self._root = _Root(module)
         self.deepspeed: Any = deepspeed.initialize(
-            model=_Root(module),
+            model=self._root,
             optimizer=adamw,
             config=dict(self.config),  # type: ignore[arg-type]
         )[0]
@@ -158,36 +173,48 @@ class Engine:
             raise DataError(
                 f"step {batch.step}: no row of any rank has a label token; check loss_on and the data", code="DATA-004"
             )
-        sums_E = self._backward(batch)
-        losses, norms = self._agree(batch, sums_E, flags())
+        sums_E, extra_X = self._backward(batch)
+        losses, norms, extra = self._agree(batch, sums_E, flags(), extra_X)
         rate = learning_rate(self.optimizer_settings, batch.step, self.total_steps)
         self._apply(rate, norms)
-        finite = [value for value in losses.values() if math.isfinite(value)]
+        finite = all(math.isfinite(value) for value in losses.values())
         return StepReport(
             step=batch.step,
-            loss=sum(losses.values()) / len(losses) if len(finite) == len(losses) else math.nan,
+            loss=sum(losses[name] for name in self.main_terms) / len(self.main_terms) if finite else math.nan,
             losses=losses,
             gradient_norms=norms,
             learning_rate=rate,
             tokens=batch.tokens,
             seconds=time.monotonic() - started,
             skipped=self._bad,
+            extra=extra,
         )
 
-    def _backward(self, batch: StepBatch) -> Tensor:
-        """Gradients of all micro-batches; returns this rank's loss sums, float64 [E] on the device."""
+    def _backward(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Gradients of all micro-batches; returns this rank's loss sums, float64 [E], and statistics, float64 [X]."""
         weights_E = self._weights(batch.count_E)
+        begin = getattr(self.job, "begin_step", None)
+        if begin is not None:
+            begin(batch.step, weights_E)
         sums_E = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
+        extra_X = torch.zeros(len(self.extra_names), dtype=torch.float64, device=self.device)
         last = len(batch.micro) - 1
         for index, micro in enumerate(batch.micro):
             self.deepspeed.set_gradient_accumulation_boundary(index == last)
-            micro_E = self.deepspeed(micro.to(self.device))
-            micro_E = faults.tensor("loss", batch.step, micro_E)
-            # count 0 means no label anywhere: 0 * 0, never 0 / 0
-            self.deepspeed.backward((micro_E.float() * weights_E).sum(), scale_wrt_gas=False)
-            sums_E += micro_E.detach().double()
+            output = faults.tensor("loss", batch.step, self.deepspeed(micro.to(self.device)))
+            terms = self._root.terms
+            assert terms is not None
+            own = terms.total is not None
+            # count 0 means no label anywhere: 0 * 0, never 0 / 0. The sum makes a new tensor of a total, too: on the
+            # forward's own output DeepSpeed's hooks would divide by the accumulation again (0.19.8)
+            objective = (output.float() if own else output.float() * weights_E).sum()
+            self.deepspeed.backward(objective, scale_wrt_gas=False)
+            sums_E += (terms.sum_E + 0 * output.detach() if own else output).detach().double()  # NaN stays NaN
+            if terms.extra_X is not None:
+                extra_X += terms.extra_X
+            self._root.terms = None
             faults.point("micro", batch.step)
-        return sums_E
+        return sums_E, extra_X
 
     def _weights(self, count_E: Tensor) -> Tensor:
         """world / count per term, fp32 [E]: DeepSpeed averages gradients over ranks, the loss wants their sum."""
@@ -195,17 +222,20 @@ class Engine:
         return weights_E.to(self.device, non_blocking=True)
 
     def _agree(
-        self, batch: StepBatch, sums_E: Tensor, flags: Sequence[float]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Losses and gradient norms over all ranks; sets the verdict, the clip coefficients and the flags."""
+        self, batch: StepBatch, sums_E: Tensor, flags: Sequence[float], extra_X: Tensor
+    ) -> tuple[dict[str, float], dict[str, float], Mapping[str, float]]:
+        """Losses, gradient norms and statistics over all ranks; sets the verdict, the clip coefficients and the flags."""
         squares_G = self._squares()
         flags_F = torch.tensor(list(flags), dtype=torch.float64).to(self.device, non_blocking=True)
-        local = torch.cat([sums_E, squares_G, flags_F])
+        local = torch.cat([sums_E, squares_G, flags_F, extra_X])
         vector = distributed.all_reduce_sum(local.clone()).cpu()
         num_terms, num_groups = len(self.names), len(self.group_names)
         means_E = vector[:num_terms] / batch.count_E.clamp(min=1)
         norms_G = vector[num_terms : num_terms + num_groups].sqrt()
-        self.flags = tuple(vector[num_terms + num_groups :].tolist())
+        end = len(vector) - len(extra_X)
+        self.flags = tuple(vector[num_terms + num_groups : end].tolist())
+        totals = dict(zip(self.extra_names, vector[end:].tolist()))
+        extra = self.job.summarise(totals) if self.extra_names else totals  # type: ignore[operator]
         losses = dict(zip(self.names, means_E.tolist()))
         norms = dict(zip(self.group_names, norms_G.tolist()))
         self._bad = not all(math.isfinite(value) for value in (*losses.values(), *norms.values()))
@@ -214,7 +244,7 @@ class Engine:
         self._coefficients = {
             name: min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0 for name, norm in norms.items()
         }
-        return losses, norms
+        return losses, norms, extra
 
     def _blame(self, batch: StepBatch, local: Tensor) -> str:
         """Which rank holds which non-finite loss or gradient. Collective; only after a bad step."""
@@ -229,7 +259,7 @@ class Engine:
 
     def _apply(self, rate: float, norms: Mapping[str, float]) -> None:
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         if self._bad:
             self.skipped += 1
             self.skipped_in_row += 1
@@ -271,7 +301,10 @@ class Engine:
         zero = self.config["zero_optimization"]
         offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
         adamw = torch.optim.AdamW(
-            [{"name": str(group["name"]), "params": list(group["params"])} for group in groups],
+            [
+                {"name": str(group["name"]), "params": list(group["params"]), "lr_scale": group.get("lr_scale", 1.0)}
+                for group in groups
+            ],
             lr=settings.lr,
             betas=tuple(settings.betas),  # type: ignore[arg-type]
             eps=settings.eps,

@@ -16,20 +16,23 @@ from ..base.files import write_json
 from ..evaluation.report import Trace
 from ..evaluation.run import evaluate
 from ..evaluation.tables import write_results
-from ..evaluation.tasks import Item, Task, find_tasks, load_task, make_task
+from ..evaluation.tasks import Item, Task, find_tasks, load_task
 from ..routing.library import ExpertLibrary
 from ..routing.model import attach
 from ..routing.routers import SiteVectors
 from ..routing.statistics import average_activation, collect, token_votes
 from . import skills
 from .arms import build_arms
-from .base_models import LoadedBase
+from .base_models import LoadedBase, load_base
 from .data.attention import model_inputs
 from .data.build import build_step_data
+from .data.rows import SKILLS
+from .evaluate_thoughts import evaluate_thoughts, thoughts_writer
 from .recipe import EvaluateSettings, Recipe, TrainSettings
 from .stages import Context, Writer, gate_sources, the_base, the_library
+from .tasks import task_of
+from .thought_settings import has_experts, has_thoughts
 
-SKILL = "skills:"
 TRACED_PROMPTS = 24
 ACTIVATION_ROWS = 32
 
@@ -41,22 +44,40 @@ def load_tasks(settings: EvaluateSettings, seed: int) -> list[Task]:
     """
     folders = find_tasks(settings.collection, settings.split, settings.include) if settings.collection else []
     tasks = [load_task(folder, settings.split, settings.limit) for folder in folders]
-    for name, source in settings.tasks.items():
-        if source.startswith(SKILL):
-            skill = source.removeprefix(SKILL)
-            group = "two experts" if skill == "mixed" else "one expert"
-            tasks.append(make_task(name, skills.rows(skill, settings.split, seed, settings.limit), group, source))
-        else:
-            tasks.append(load_task(source, settings.split, settings.limit))
+    tasks += [task_of(name, source, settings.split, seed, settings.limit) for name, source in settings.tasks.items()]
     if not tasks:
         raise RecipeError("evaluate: no tasks; set evaluate.collection or evaluate.tasks", code="CFG-026")
     return tasks
 
 
 def run_evaluate(context: Context) -> Writer:
+    """The table of routers, if there are experts; then the table of thoughts, if the run has that stage."""
+    base = the_base(context, "evaluate")
+    facts = {**context.facts, "base": base.id, **({"note": "; ".join(base.notes)} if base.notes else {})}
+    writers = [evaluate_routing(context, base, facts)] if has_experts(context.recipe) else []
+    if has_thoughts(context.recipe):
+        found = evaluate_thoughts(context, own_base(context, base))
+        writers.append(thoughts_writer(context, found, facts))
+
+    def write(folder: Path) -> None:
+        for writer in writers:
+            writer(folder)
+
+    return write
+
+
+def own_base(context: Context, base: LoadedBase) -> LoadedBase:
+    """The model that thinks: the base, or what the `thoughts` stage made of all its weights."""
+    if context.recipe.thoughts.trainable != "full":
+        return base
+    folder = context.folder.require("thoughts", "evaluate") / "model"
+    return load_base(dataclasses.replace(context.recipe.base, model=str(folder)), context.device)
+
+
+def evaluate_routing(context: Context, base: LoadedBase, facts: Mapping[str, Any]) -> Writer:
+    """Every arm of evaluate.arms on every task, and the traces that the report shows."""
     recipe = context.recipe
     settings = recipe.evaluate
-    base = the_base(context, "evaluate")
     library = the_library(context, base, "evaluate", gates=True)
     tasks = load_tasks(settings, recipe.seed)
     arms, limited = build_arms(
@@ -76,7 +97,6 @@ def run_evaluate(context: Context) -> Writer:
         ]
         routing = routing_summary(traces, library)
     context.event("routing", **routing)
-    facts = {**context.facts, "base": base.id, **({"note": "; ".join(base.notes)} if base.notes else {})}
 
     def write(folder: Path) -> None:
         write_results(results, folder, recipe.name, facts)
@@ -138,7 +158,7 @@ def routing_summary(traces: Sequence[Trace], library: ExpertLibrary) -> dict[str
 def _needed(recipe: Recipe, label: str, item: Item) -> list[str | None]:
     """The expert every position needs, known for the procedural skills (a character is a token there)."""
     source = recipe.evaluate.tasks.get(label.split()[0], "")
-    if recipe.base.model != "nano" or not source.startswith(SKILL):
+    if recipe.base.model != "nano" or not source.startswith(SKILLS):
         return []
     return skills.needed_experts(item.prompt, item.completion)
 

@@ -3,6 +3,7 @@
     export/quietgoose.json          format, base id and hash, router, k, experts with provenance, hash of every file
     export/experts/<name>/          one ordinary PEFT adapter per expert
     export/gates.safetensors        one fp32 vector per expert and site (PHATGOOSE)
+    export/thinking/                START, END, mixing head and LoRA on top, if the run learned to think (thought_model.py)
     export/tokenizer*, base/        the tokenizer; the base itself only where it exists nowhere else (nano)
 
 Called by the `export` stage and by users: `quietgoose.load(path)`, `quietgoose.merge(path, out)`.
@@ -27,13 +28,15 @@ from ..routing.library import ExpertLibrary
 from ..routing.merge import mean_of_products
 from ..routing.model import attach
 from ..routing.peft_format import load_peft, save_peft
-from ..routing.sites import Site, find_sites
+from ..routing.sites import Site, all_sites
 from .base_models import LoadedBase, load_base
 from .recipe import BaseSettings, RouterSettings
+from .thought_model import Thinking, attach_below, hidden_size, put_thinking, read_thinking, save_thinking
+from .thought_settings import BASE, ROUTED, ROUTERS
 
 MANIFEST = "quietgoose.json"
+THINKING = "thinking"
 FORMAT = 1
-ROUTERS_OF_AN_EXPORT = ("phatgoose", "arrow", "random", "uniform")
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,23 @@ class Provenance:
 
 
 def export_model(
-    folder: Path, base: LoadedBase, library: ExpertLibrary, router: RouterSettings, provenance: Provenance,
-    base_folder: Path | None = None,
+    folder: Path, base: LoadedBase, library: ExpertLibrary | None, router: RouterSettings, provenance: Provenance,
+    base_folder: Path | None = None, thinking: Thinking | None = None,
 ) -> None:  # fmt: skip
-    """Write the export into `folder` (empty; the caller renames it into place). `base_folder`: copy the base in."""
-    for expert in library:
+    """Write the export into `folder` (empty; the caller renames it into place). `base_folder`: copy the base in. A run without
+    experts has no library."""
+    experts = ExpertLibrary([]) if library is None else library
+    for expert in experts:
         target = folder / "experts" / safe_name(expert.card.name)
         save_peft(expert, target, base_id=base.id)
-    save_gates(library, folder / "gates.safetensors")
+    if len(experts):
+        save_gates(experts, folder / "gates.safetensors")
+    if thinking is not None:
+        save_thinking(thinking, folder / THINKING, base.id)
     base.tokenizer.save_pretrained(folder)
     if base_folder is not None:
         shutil.copytree(base_folder, folder / "base")
-    write_atomic(folder / "README.md", _card(base, library, router, provenance))
+    write_atomic(folder / "README.md", _card(base, experts, router, provenance, thinking))
     files = {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {
         "format": FORMAT,
@@ -71,8 +79,9 @@ def export_model(
         # a list: the order of the experts is part of the model (sums, ties)
         "experts": [
             {"name": name, "folder": f"experts/{name}", "provenance": provenance.experts.get(name, {})}
-            for name in library.names
+            for name in experts.names
         ],
+        "thoughts": None if thinking is None else {"folder": THINKING, "over": thinking.over},
         "recipe": provenance.recipe,
         "versions": {
             name: importlib.metadata.version(name) for name in ("quietgoose", "torch", "transformers", "peft")
@@ -91,31 +100,68 @@ def load(
     experts: list[str] | None = None,
     device: str | torch.device | None = None,
     attention: str = "sdpa",
+    thoughts: bool | None = None,
 ) -> PreTrainedModel:
-    """Open an exported folder as a Hugging Face causal LM whose every token picks its experts.
+    """Open an exported folder as a Hugging Face causal LM whose every token picks its experts, and which can think.
 
     base       overrides where the base model is found (its hash must be the one recorded)
     router     one of phatgoose, arrow, random, uniform; default: the exported one
     k          experts a token; default: the exported one
     experts    restrict the model to these, in this order
     attention  Hugging Face's name of the attention implementation
+    thoughts   True: the model as its thoughts were trained, `model.generate(thoughts=True)` thinks, `model.thought_state`
+               holds START, END and head; False: without; default: if the exported model is what they were trained over
+               (router, k and experts as exported)
 
     Raises ArtifactError EXP-002..EXP-006 if a file is missing, changed or foreign, or the base is another one.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     loaded = _load_base(folder, manifest["base"], base, attention, device)
-    library = read_library(folder, manifest, tuple(find_sites(loaded.model, ["all-linear"])))
+    model = cast(PreTrainedModel, loaded.model)
+    changed = any(option is not None for option in (router, k, experts))
+    wanted = _wants_thoughts(manifest, thoughts, changed)
+    if wanted:
+        return _with_thoughts(model, folder, manifest)
+    if not manifest["experts"]:
+        return model
+    library = read_library(folder, manifest, all_sites(model))
     if experts is not None:
         library = library.restrict(experts)
     name = router or manifest["router"]["name"]
-    if name not in ROUTERS_OF_AN_EXPORT:
+    if name not in ROUTERS:
         raise RecipeError(
-            f"router={name!r}: allowed are {', '.join(ROUTERS_OF_AN_EXPORT)}.{suggest(name, ROUTERS_OF_AN_EXPORT)}",
+            f"router={name!r}: allowed are {', '.join(ROUTERS)}.{suggest(name, ROUTERS)}",
             code="CFG-030",
         )
-    routed = attach(loaded.model, library, name, k or manifest["router"]["k"])
-    return cast(PreTrainedModel, routed)
+    attach(model, library, name, k or manifest["router"]["k"])
+    return model
+
+
+def _wants_thoughts(manifest: Mapping[str, Any], thoughts: bool | None, changed: bool) -> bool:
+    """Whether the loaded model is to think. RecipeError CFG-031 if it cannot."""
+    there = manifest.get("thoughts")
+    if thoughts and there is None:
+        raise RecipeError("thoughts=True: this export has none; its run had no 'thoughts' stage", code="CFG-031")
+    if thoughts and changed:
+        raise RecipeError(
+            "thoughts=True: the thoughts were trained over the exported experts and router; leave router, k and experts out",
+            code="CFG-031",
+        )
+    if thoughts is not None or there is None:
+        return bool(thoughts)
+    return not changed and (there["over"] == ROUTED or not manifest["experts"])
+
+
+def _with_thoughts(model: PreTrainedModel, folder: Path, manifest: Mapping[str, Any]) -> PreTrainedModel:
+    """The model in the state that the thoughts were trained over, with them."""
+    sites = all_sites(model)
+    thinking = read_thinking(inside(folder, manifest["thoughts"]["folder"]), hidden_size(model), sites)
+    if thinking.over != BASE:
+        library = read_library(folder, manifest, sites)
+        attach_below(model, library, thinking.over, manifest["router"]["name"], manifest["router"]["k"])
+    put_thinking(model, thinking)
+    return model
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -135,8 +181,10 @@ def merge(path: str | Path, out: str | Path) -> Path:
     if target.exists() and any(target.iterdir()):
         raise RecipeError(f"{target}: exists and is not empty; choose another folder", code="EXP-007")
     manifest = read_manifest(folder)
+    if not manifest["experts"]:
+        raise RecipeError(f"{folder}: has no experts to merge", code="CFG-031")
     loaded = _load_base(folder, manifest["base"], None, "sdpa", "cpu")
-    library = read_library(folder, manifest, tuple(find_sites(loaded.model, ["all-linear"])))
+    library = read_library(folder, manifest, all_sites(loaded.model))
     save_peft(mean_of_products(library), target, base_id=loaded.id)
     return target
 
@@ -187,27 +235,54 @@ def _load_base(
     return loaded
 
 
-def _card(base: LoadedBase, library: ExpertLibrary, router: RouterSettings, provenance: Provenance) -> str:
+def _card(
+    base: LoadedBase, library: ExpertLibrary, router: RouterSettings, provenance: Provenance, thinking: Thinking | None
+) -> str:
     names = [expert.card.name for expert in library]
     notes = f" ({base.notes})" if base.notes else ""
+    routed = (
+        f"Every token picks its {router.k} experts at every adapted linear (router: {router.name})."
+        if names
+        else "It has no experts."
+    )
+    tags = [*(["mixture-of-experts", "phatgoose"] if names else []), *(["quiet-star"] if thinking else [])]
     return f"""---
 library_name: quietgoose
 base_model: {base.id}
-tags: [lora, mixture-of-experts, phatgoose]
+tags: [{", ".join(["lora", *tags])}]
 ---
-# A routed model of {len(names)} LoRA experts
+# {f"A routed model of {len(names)} LoRA experts" if names else "A model that thinks"}
 
-Base: `{base.id}`{notes}. Every token picks its {router.k} experts at every adapted linear (router: {router.name}).
+Base: `{base.id}`{notes}. {routed}
 
 ```python
 import quietgoose
 model = quietgoose.load("this folder")
 tokenizer = quietgoose.load_tokenizer("this folder")
 ```
+{_card_of_thoughts(thinking)}{_card_of_experts(names)}
+{provenance.results}
+"""
 
+
+def _card_of_experts(names: list[str]) -> str:
+    if not names:
+        return ""
+    return f"""
 Each folder in `experts/` is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "experts/{names[0]}")`.
 
 Experts: {", ".join(names)}.
+"""
 
-{provenance.results}
+
+def _card_of_thoughts(thinking: Thinking | None) -> str:
+    if thinking is None:
+        return ""
+    return f"""
+It learned to think {thinking.config.tokens} tokens before each token (Quiet-STaR, over: {thinking.over}; in `{THINKING}/`):
+
+```python
+model = quietgoose.load("this folder", thoughts=True)
+model.generate(**tokenizer("...", return_tensors="pt"), thoughts=True)
+```
 """

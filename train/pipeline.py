@@ -19,7 +19,7 @@ from ..base.distributed import World
 from ..base.errors import ExitCode, StopRequested
 from ..base.files import read_json, sha256_json, write_atomic
 from ..evaluation.report import Trace, read_events, write_report
-from ..evaluation.tables import from_json, summary
+from ..evaluation.tables import arm_table, from_json, summary
 from .agreement import check_agreement, own_facts
 from .checkpoint import Checkpoints
 from .console import open_log
@@ -45,6 +45,7 @@ from .stages import (
     run_export,
     run_gates,
 )
+from .stages_thoughts import run_thoughts, thought_settings
 from .stop import StopControl, leave, run_guarded
 from .strategy import load_strategy
 
@@ -54,6 +55,7 @@ STAGES: Mapping[str, Stage] = {
         Stage("base", base_settings, run_base),
         Stage("experts", expert_settings, run_experts),
         Stage("gates", gate_settings, run_gates),
+        Stage("thoughts", thought_settings, run_thoughts),
         Stage("evaluate", evaluate_settings, run_evaluate),
         Stage("export", export_settings, run_export),
     )
@@ -176,9 +178,15 @@ def _train(
 
 
 def show_results(recipe: Recipe, folder: RunFolder, sinks: Sinks) -> None:
-    """The table and the routing of the `evaluate` stage on the console, if it ran."""
+    """The tables and the routing of the `evaluate` stage on the console, if it ran."""
     evaluated = folder.result("evaluate")
-    if "evaluate" not in recipe.stages or not (evaluated / "results.json").is_file():
+    if "evaluate" not in recipe.stages:
+        return
+    if (evaluated / "thoughts.json").is_file():
+        results = from_json(read_json(evaluated / "thoughts.json"))
+        sinks.table(f"{recipe.name}: thoughts, per cent right [95 % interval]", *arm_table(results))
+        sinks.say(f"what was thought: {evaluated / 'thoughts.html'}")
+    if not (evaluated / "results.json").is_file():
         return
     header, rows = summary(from_json(read_json(evaluated / "results.json")))
     sinks.table(f"{recipe.name}: accuracy, per cent [95 % interval]", header, rows)

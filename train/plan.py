@@ -20,6 +20,7 @@ from typing import Any
 from ..base.errors import DataError
 from .checks import expert_names, trains
 from .recipe import Recipe, TrainSettings
+from .thought_settings import BASE, thought_plan, training_steps
 
 ZERO_STAGES = (0, 1, 2, 3)
 ACTIVATION_BYTES = 34
@@ -41,6 +42,18 @@ class StagePlan:
     memory: Mapping[int, int]
     chosen: int
     checkpoint: int
+    thoughts: ThoughtPlan | None = None
+
+
+@dataclass(frozen=True)
+class ThoughtPlan:
+    """The largest step of the `thoughts` stage: thoughts over all ranks, their tokens, and what one process keeps while it
+    samples (keys and values) and differentiates (a chunk of branches), in bytes."""
+
+    thoughts: int
+    tokens: int
+    stored: int
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -72,15 +85,65 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
         "experts": (adapter * len(own), parameters, len(own)),
         "gates": (GateLayout(tuple(sites)).numel * len(names), parameters + frozen_adapters, len(names)),
     }
-    shape = (base.model.config.num_hidden_layers, base.model.config.hidden_size)
+    config = base.model.config
+    sizes["thoughts"] = (
+        _thought_trainables(recipe, base.model, parameters),
+        _below(recipe, parameters, frozen_adapters),
+        1,
+    )
     stages = tuple(
-        _stage_plan(recipe, name, train, sizes[name], shape, world) for name, train in trains(recipe).items()
+        _stage_plan(recipe, name, train, sizes[name], config, world) for name, train in trains(recipe).items()
     )
     return Plan(base.id, parameters, len(sites), adapter, names, count_rows(recipe), stages, world)
 
 
+def _thought_trainables(recipe: Recipe, model: Any, parameters: int) -> int:
+    """Entries of START, END, mixing head, and of the LoRA or all weights."""
+    from ..routing.sites import AdapterLayout, find_sites
+
+    settings, width = recipe.thoughts, model.config.hidden_size
+    config = thought_plan(settings).stages[0]
+    head = 0 if config.head == "thought" else 3 * width * width + 3 * width
+    own = {"lora": 0, "embeddings": 0, "full": parameters}[settings.trainable]
+    if settings.trainable == "lora":
+        own = AdapterLayout.uniform(find_sites(model, settings.targets), settings.rank).numel
+    return own + (2 * width + head if config.thinks else 0)
+
+
+def _below(recipe: Recipe, parameters: int, adapters: int) -> int:
+    """Frozen entries under the thoughts."""
+    if recipe.thoughts.trainable == "full":
+        return 0
+    return parameters + (0 if recipe.thoughts.over == BASE else adapters)
+
+
+def thought_plan_of(recipe: Recipe, rows: int, rows_here: int, config: Any, bytes_each: int) -> ThoughtPlan | None:
+    """What the largest step thinks; None for a control without thoughts. `rows` of a step, `rows_here` of a micro-batch."""
+    from ..thoughts.anchors import anchors_in_row
+
+    length = recipe.data.sequence_length
+    stages = [one for one in thought_plan(recipe.thoughts).stages if one.thinks]
+    if not stages:
+        return None
+    per_row = [anchors_in_row(one, length) * one.samples for one in stages]
+    heads, width = config.num_key_value_heads, config.hidden_size
+    head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    entry = 2 * config.num_hidden_layers * heads * head_size * bytes_each
+    stored = {"exact": 1.0, "int8": 1 / bytes_each, "int4": 0.5 / bytes_each}[recipe.thoughts.rollout_cache]
+    chunks = [
+        rows_here * min(n, (recipe.thoughts.chunk or n) * one.samples) * one.branch_length
+        for n, one in zip(per_row, stages)
+    ]
+    return ThoughtPlan(
+        thoughts=rows * max(per_row),
+        tokens=rows * max(n * one.tokens for n, one in zip(per_row, stages)),
+        stored=int(max(rows_here * n * one.tokens for n, one in zip(per_row, stages)) * entry * stored),
+        chunk=activation_bytes(max(chunks), config.num_hidden_layers, width, bytes_each, False),
+    )
+
+
 def _stage_plan(
-    recipe: Recipe, name: str, train: TrainSettings, sizes: tuple[int, int, int], shape: tuple[int, int], world: int
+    recipe: Recipe, name: str, train: TrainSettings, sizes: tuple[int, int, int], config: Any, world: int
 ) -> StagePlan:
     from .data.loader import share_of
     from .strategy import load_strategy
@@ -90,23 +153,32 @@ def _stage_plan(
     share = share_of(rows, train.micro_rows, world)
     bytes_each = 4 if name == "base" else DTYPE_BYTES[recipe.base.dtype]
     tokens = share.rows * recipe.data.sequence_length
+    shape = (config.num_hidden_layers, config.hidden_size)
     active = activation_bytes(tokens, *shape, bytes_each, train.activation_checkpointing)
+    steps, thoughts = train.steps, None
+    if name == "thoughts":
+        steps = training_steps(recipe.thoughts, recipe.data.sequence_length)
+        thoughts = thought_plan_of(recipe, rows, share.rows, config, bytes_each)
+        active += 0 if thoughts is None else thoughts.stored + thoughts.chunk
     strategy = load_strategy(train.strategy or recipe.strategy)
     return StagePlan(
-        name=name, trainable=trainable, frozen=frozen, steps=train.steps, rows=rows, micro_batches=share.micros,
-        tokens=train.steps * rows * recipe.data.sequence_length,
-        memory={z: state_bytes(trainable, frozen * bytes_each, z, world) + active for z in ZERO_STAGES},
-        chosen=int(strategy["zero_optimization"]["stage"]), checkpoint=trainable * CHECKPOINT_BYTES,
+        name=name, trainable=trainable, frozen=frozen, steps=steps, rows=rows, micro_batches=share.micros,
+        tokens=steps * rows * recipe.data.sequence_length,
+        memory={
+            z: state_bytes(trainable, frozen * bytes_each, z, world, name == "thoughts") + active for z in ZERO_STAGES
+        },
+        chosen=int(strategy["zero_optimization"]["stage"]), checkpoint=trainable * CHECKPOINT_BYTES, thoughts=thoughts,
     )  # fmt: skip
 
 
-def state_bytes(trainable: int, frozen_bytes: int, zero: int, world: int) -> int:
-    """Weights, gradients and optimizer state of one process."""
+def state_bytes(trainable: int, frozen_bytes: int, zero: int, world: int, undivided: bool = False) -> int:
+    """Weights, gradients and optimizer state of one process. `undivided`: every process holds
+    the frozen part whole (thoughts)."""
     if zero == 0:
         return frozen_bytes + 16 * trainable
     whole = {1: 8, 2: 4, 3: 0}[zero]  # bytes a parameter that every process holds
     shared = {1: 12, 2: 16, 3: 16}[zero]  # bytes a parameter divided over the processes
-    frozen = frozen_bytes // world if zero == 3 else frozen_bytes
+    frozen = frozen_bytes // world if zero == 3 and not undivided else frozen_bytes
     return frozen + whole * trainable + shared * trainable // world
 
 
@@ -165,15 +237,42 @@ def _facts(plan: Plan, recipe: Recipe) -> Any:
 
     table = Table(title=f"{recipe.name}: {', '.join(recipe.stages)} -> {recipe.output}", show_header=False)
     table.add_row("base", f"{plan.base}, {plan.parameters:,} parameters, {recipe.base.dtype}, frozen")
-    rank = f"rank {recipe.experts.rank}, alpha {recipe.experts.alpha:g}"
-    table.add_row("adapters", f"{plan.sites} linears, {rank}, {plan.per_expert:,} parameters an expert")
-    table.add_row("experts", f"{len(plan.experts)}: {', '.join(plan.experts)}")
+    if plan.experts:
+        rank = f"rank {recipe.experts.rank}, alpha {recipe.experts.alpha:g}"
+        table.add_row("adapters", f"{plan.sites} linears, {rank}, {plan.per_expert:,} parameters an expert")
+        table.add_row("experts", f"{len(plan.experts)}: {', '.join(plan.experts)}")
     rows = ", ".join(f"{name} {count:,}" for name, count in plan.rows.items() if count is not None)
     table.add_row("rows", rows or "counted when training starts")
-    if "evaluate" in recipe.stages:
+    if "evaluate" in recipe.stages and plan.experts:
         table.add_row("evaluate", f"{', '.join(recipe.evaluate.arms)} on split {recipe.evaluate.split}")
+    if "thoughts" in recipe.stages:
+        _thought_facts(table, plan, recipe)
     table.add_row("processes", str(plan.world))
     return table
+
+
+def _thought_facts(table: Any, plan: Plan, recipe: Recipe) -> None:
+    settings = recipe.thoughts
+    for number, one in enumerate(thought_plan(settings).stages, start=1):
+        control = f", control {settings.control}" if settings.control != "none" else ""
+        where = {
+            "every_n": f"every {one.every}.",
+            "random": f"{one.share:.0%} at random",
+            "entropy": f"{one.share:.0%} by entropy",
+        }
+        shape = f"{one.samples} thoughts of {one.tokens} tokens, {one.lookahead} scored, anchors {where.get(one.anchors, 'every')}"
+        name = "thoughts" if number == 1 else f"thoughts {number}"
+        table.add_row(
+            name, f"preset {settings.preset}{control}, over {settings.over}, trains {settings.trainable}: {shape}"
+        )
+    step = next((stage.thoughts for stage in plan.stages if stage.thoughts is not None), None)
+    if step is not None:
+        kept = f"{size(step.stored)} of keys and values, {size(step.chunk)} for a chunk of branches a process"
+        table.add_row("a step thinks", f"{step.thoughts:,} thoughts, {step.tokens:,} tokens; {kept}")
+    if "evaluate" in recipe.stages:
+        table.add_row(
+            "evaluate", f"{', '.join(recipe.evaluate.thoughts.arms)} on {', '.join(recipe.evaluate.thoughts.tasks)}"
+        )
 
 
 def _stages(plan: Plan) -> Any:

@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["base", "experts", "gates", "evaluate", "export"]
+Stage = Literal["base", "experts", "gates", "thoughts", "evaluate", "export"]
 RouterName = Literal["phatgoose", "average_activation", "arrow", "random", "uniform", "oracle"]
 ArmName = Literal[
     "base", "experts", "oracle", "random", "permuted", "average_activation", "arrow", "uniform", "merged", "ties",
     "dare", "phatgoose",
 ]  # fmt: skip
-STAGES: tuple[str, ...] = ("base", "experts", "gates", "evaluate", "export")
+ThoughtArmName = Literal[
+    "base", "no_thought", "untrained", "thought", "shuffled", "pause", "random", "temperature",
+]  # fmt: skip
+STAGES: tuple[str, ...] = ("base", "experts", "gates", "thoughts", "evaluate", "export")
 
 
 @dataclass
@@ -72,7 +75,8 @@ class BaseSettings:
 @dataclass
 class SourceSettings:
     """Where an expert's rows come from: a .jsonl or .jsonl.gz file, a folder in the collection's layout
-    (train/validation/test.jsonl.gz), a Hugging Face dataset name, or `skills:NAME` (procedural, embedded)."""
+    (train/validation/test.jsonl.gz), a Hugging Face dataset name, `skills:NAME` or `steps:NAME` (procedural, embedded);
+    several, joined by ` + `, are read one after another."""
 
     path: str = ""
     split: str = "train"
@@ -82,12 +86,13 @@ class SourceSettings:
 @dataclass
 class DataSettings:
     """`collection`: a folder of task folders; `include` picks experts from it. `experts`: further sources by name.
-    Exactly the union is trained."""
+    Exactly the union is trained. `base`, `thoughts`: the rows of those stages."""
 
     collection: str | None = None
     include: list[str] = field(default_factory=list)
     experts: dict[str, SourceSettings] = field(default_factory=dict)
     base: SourceSettings | None = None
+    thoughts: SourceSettings | None = None
     sequence_length: int = 512
     loss_on: Literal["completion", "all"] = "completion"
     on_bad_row: Literal["error", "skip"] = "error"
@@ -97,11 +102,14 @@ class DataSettings:
 @dataclass
 class ExpertSettings:
     """LoRA by PEFT's format. `targets`: names of linears as in PEFT, or `all-linear`. `load`: folders of PEFT
-    adapters taken as experts as they are, by name; they are not trained, their gates are."""
+    adapters taken as experts as they are, by name; they are not trained, their gates are. `misrouting`: probability
+    that a token's adapter counts at a site with a random weight in [0, 1) only while it is trained, as if a router
+    had sent the rest elsewhere."""
 
     rank: int = 16
     alpha: float = 16.0
     rslora: bool = False
+    misrouting: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     load: dict[str, str] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -115,6 +123,61 @@ class GateSettings:
 
 
 @dataclass
+class ThoughtSettings:
+    """Quiet-STaR: thoughts before each token. What is null is the preset's (thoughts/config.py, with the meaning of each).
+
+    over         base | routed (frozen experts and gates, the recipe's router) | expert:NAME (that expert for every token)
+    trainable    lora (a fresh one on top, START, END, mixing head) | embeddings (START, END, head) | full (all weights too)
+    control      the run is a control: no_thoughts (plain fine-tuning, same tokens), same_compute (plain fine-tuning for as
+                 many steps as cost the same), pause, random_thoughts, no_policy
+    start_like, end_like   texts whose first token the embeddings of START and END begin as
+    ratio_cap, clip, baseline_decay   0 switches them off
+    curriculum_sizes         [tokens, lookahead] of one equal share of the steps each (preset curriculum)
+    chunk        anchors of all rows at once in the gradient pass; 0: all
+    lr_meta, lr_head         their learning rates; train.optimizer.lr is the adapter's (or the weights')
+    train.rows_per_expert    packed rows a step
+    """
+
+    preset: Literal["default", "paper", "rlp", "curriculum"] = "default"
+    over: str = "base"
+    trainable: Literal["lora", "embeddings", "full"] = "lora"
+    control: Literal[
+        "none", "no_thoughts", "same_compute", "pause", "random_thoughts", "no_policy"
+    ] = "none"  # fmt: skip
+    tokens: int | None = None
+    lookahead: int | None = None
+    samples: int | None = None
+    temperature: float | None = None
+    policy_temperature: float | None = None
+    advantage: Literal["two_sided", "one_sided", "leave_one_out"] | None = None
+    ratio_cap: float | None = None
+    clip: float | None = None
+    base_weight: float | None = None
+    mixed_weight: float | None = None
+    beta: float | None = None
+    head: Literal["paper", "bounded", "thought"] | None = None
+    initial_weight: float | None = None
+    anchors: Literal["every", "every_n", "random", "entropy"] | None = None
+    every: int | None = None
+    share: float | None = None
+    limit: int | None = None
+    baseline_decay: float | None = None
+    rollout_cache: Literal["exact", "int8", "int4"] = "exact"
+    curriculum_sizes: list[list[int]] = field(default_factory=list)
+    start_like: str = "---"
+    end_like: str = "---"
+    ban_special: bool = True
+    chunk: int = 0
+    loss_on: Literal["completion", "all"] = "all"
+    rank: int = 16
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    lr_meta: float = 1e-4
+    lr_head: float = 1e-3
+    train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=200, optimizer=OptimizerSettings(lr=3e-4)))
+
+
+@dataclass
 class RouterSettings:
     """`k` experts a token at inference."""
 
@@ -123,9 +186,36 @@ class RouterSettings:
 
 
 @dataclass
+class ThoughtEvaluation:
+    """The table of thoughts. `tasks`: name -> folder or `steps:NAME`; `arms`: its rows (train/thought_arms.py);
+    `generated`: tasks with numeric answers that are really generated, thinking before every token, in a table of their own;
+    `text`: held-out rows whose gain is shown by the base's entropy; `limit`: items of a task; `temperature_split` fits the
+    temperature arm's one number; `rows`: packed rows of `text`."""
+
+    tasks: dict[str, str] = field(default_factory=dict)
+    generated: dict[str, str] = field(default_factory=dict)
+    arms: list[ThoughtArmName] = field(
+        default_factory=lambda: [
+            "base",
+            "no_thought",
+            "untrained",
+            "thought",
+            "shuffled",
+            "pause",
+            "random",
+            "temperature",
+        ]
+    )
+    text: SourceSettings | None = None
+    rows: int = 32
+    limit: int | None = None
+    temperature_split: str = "validation"
+
+
+@dataclass
 class EvaluateSettings:
     """`collection`/`include` or `tasks`: folders in the collection's layout; with neither, `data.collection`.
-    `arms`: rows of the table."""
+    `arms`: rows of the table. `thoughts`: the table of the `thoughts` stage."""
 
     collection: str | None = None
     include: list[str] = field(default_factory=list)
@@ -148,6 +238,7 @@ class EvaluateSettings:
     max_new_tokens: int = 64
     bootstrap: int = 1000
     baseline: str = "base"
+    thoughts: ThoughtEvaluation = field(default_factory=ThoughtEvaluation)
 
 
 @dataclass
@@ -191,6 +282,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     experts: ExpertSettings = field(default_factory=ExpertSettings)
     gates: GateSettings = field(default_factory=GateSettings)
+    thoughts: ThoughtSettings = field(default_factory=ThoughtSettings)
     router: RouterSettings = field(default_factory=RouterSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)

@@ -15,7 +15,10 @@ from .settings import flatten, plain
 from .tracking import StageTracker, Tracker
 from .types import StepReport
 
-SHARED_RESULTS = ("results.json", "results.md", "results.csv", "routing.json", "quietgoose.json")
+SHARED_RESULTS = (
+    "results.json", "results.md", "results.csv", "routing.json", "thoughts.json", "thoughts.md", "thoughts.csv",
+    "generated.json", "generated.md", "generated.csv", "deciles.json", "thoughts.html", "quietgoose.json",
+)  # fmt: skip
 
 
 class Sinks:

@@ -25,11 +25,11 @@ from ..base.files import read_json, write_json
 from ..routing.gates_format import load_gates, save_gates
 from ..routing.library import ExpertLibrary
 from ..routing.peft_format import load_peft, save_peft
-from ..routing.sites import find_sites
+from ..routing.sites import all_sites
 from .base_models import LoadedBase, load_base
 from .data.attention import model_inputs, resolve_attention
 from .data.build import build_step_data, resolve_sources
-from .data.loader import StepData
+from .data.loader import StepData, Terms
 from .export import Provenance, export_model
 from .jobs.base import LanguageModelJob
 from .jobs.experts import ExpertJob
@@ -37,6 +37,8 @@ from .jobs.gates import GateJob
 from .nano import build_nano
 from .recipe import DataSettings, Recipe, SourceSettings, TrainSettings
 from .run_folder import RunFolder
+from .thought_model import hidden_size, read_thinking
+from .thought_settings import has_experts, has_thoughts
 
 Writer = Callable[[Path], None]
 
@@ -78,7 +80,7 @@ def base_settings(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def expert_settings(recipe: Recipe) -> Mapping[str, Any]:
-    data = {k: v for k, v in vars(recipe.data).items() if k != "cache"}
+    data = {k: v for k, v in vars(recipe.data).items() if k not in ("cache", "thoughts")}
     return _plain({"base": base_settings(recipe), "data": data, "experts": recipe.experts})
 
 
@@ -87,11 +89,12 @@ def gate_settings(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def evaluate_settings(recipe: Recipe) -> Mapping[str, Any]:
-    return _plain({"gates": gate_settings(recipe), "router": recipe.router, "evaluate": recipe.evaluate})
+    return _plain({**export_settings(recipe), "evaluate": recipe.evaluate})
 
 
 def export_settings(recipe: Recipe) -> Mapping[str, Any]:
-    return _plain({"gates": gate_settings(recipe), "router": recipe.router})
+    thoughts = {"thoughts": recipe.thoughts, "rows": recipe.data.thoughts} if has_thoughts(recipe) else {}
+    return _plain({"gates": gate_settings(recipe), "router": recipe.router, **thoughts})
 
 
 def trained_sources(recipe: Recipe) -> dict[str, SourceSettings]:
@@ -128,7 +131,7 @@ def the_base(context: Context, wanted_by: str) -> LoadedBase:
 
 def the_library(context: Context, base: LoadedBase, wanted_by: str, *, gates: bool) -> ExpertLibrary:
     """Trained experts, then loaded ones, in the recipe's order; with their gates if asked."""
-    sites = tuple(find_sites(base.model, ["all-linear"]))
+    sites = all_sites(base.model)
     experts = []
     if trained_sources(context.recipe):
         result = context.folder.require("experts", wanted_by)
@@ -141,19 +144,20 @@ def the_library(context: Context, base: LoadedBase, wanted_by: str, *, gates: bo
     return library
 
 
-def _data(
+def step_data(
     context: Context,
     sources: Mapping[str, SourceSettings | None],
     tokenizer: Any,
     settings: DataSettings,
     train: TrainSettings,
+    terms: Terms | None = None,
 ) -> StepData:
     """This rank's share. Rank 0 goes first, so that texts are tokenised once."""
     data: StepData | None = None
     for turn in (True, False):
         if context.world.is_main is turn:
             data = build_step_data(
-                sources, tokenizer, settings, train, context.recipe.seed, context.world.rank, context.world.size
+                sources, tokenizer, settings, train, context.recipe.seed, context.world.rank, context.world.size, terms
             )
         distributed.barrier()
     assert data is not None
@@ -168,7 +172,7 @@ def run_base(context: Context) -> Writer:
     model.to(context.device)  # type: ignore[arg-type]
     model.set_attn_implementation(attention)
     text = dataclasses.replace(recipe.data, loss_on="all")
-    data = _data(context, {"loss": recipe.data.base}, tokenizer, text, recipe.base.train)
+    data = step_data(context, {"loss": recipe.data.base}, tokenizer, text, recipe.base.train)
     job = LanguageModelJob(model, lambda batch: model_inputs(batch, attention))
     trained = context.train("base", job, data, recipe.base.train, "")
 
@@ -189,7 +193,7 @@ def run_experts(context: Context) -> Writer:
     recipe = context.recipe
     base = the_base(context, "experts")
     sources = trained_sources(recipe)
-    data = _data(context, sources, base.tokenizer, recipe.data, recipe.experts.train)
+    data = step_data(context, sources, base.tokenizer, recipe.data, recipe.experts.train)
     job = ExpertJob(base.model, base.attention, list(sources), recipe.experts, recipe.seed)
     trained = context.train("experts", job, data, recipe.experts.train, base.sha256)
     experts = job.experts(trained)
@@ -207,7 +211,7 @@ def run_gates(context: Context) -> Writer:
     base = the_base(context, "gates")
     library = the_library(context, base, "gates", gates=False)
     sources = gate_sources(recipe)
-    data = _data(context, sources, base.tokenizer, recipe.data, recipe.gates.train)
+    data = step_data(context, sources, base.tokenizer, recipe.data, recipe.gates.train)
     job = GateJob(base.model, base.attention, library, recipe.gates)
     trained = context.train("gates", job, data, recipe.gates.train, base.sha256)
     gated = job.library(trained)
@@ -217,12 +221,24 @@ def run_gates(context: Context) -> Writer:
 def run_export(context: Context) -> Writer:
     recipe = context.recipe
     base = the_base(context, "export")
-    library = the_library(context, base, "export", gates=True)
+    library = the_library(context, base, "export", gates=True) if has_experts(recipe) else None
     own_base = context.folder.require("base", "export") if recipe.base.model == "nano" else None
-    table = context.folder.result("evaluate") / "results.md"
+    thinking = None
+    if has_thoughts(recipe):
+        result = context.folder.require("thoughts", "export")
+        thinking = read_thinking(result, hidden_size(base.model), all_sites(base.model))
+        if thinking.trainable == "full":
+            own_base = result / "model"
+            base = load_base(dataclasses.replace(recipe.base, model=str(own_base)), context.device)
     provenance = Provenance(
         recipe=_plain(recipe),
         experts={name: _plain(source) for name, source in resolve_sources(recipe.data).items()},
-        results=table.read_text() if table.is_file() else "",
+        results=_tables(context.folder.result("evaluate")),
     )
-    return lambda folder: export_model(folder, base, library, recipe.router, provenance, own_base)
+    return lambda folder: export_model(folder, base, library, recipe.router, provenance, own_base, thinking)
+
+
+def _tables(evaluated: Path) -> str:
+    """What the `evaluate` stage found, for the export's card."""
+    files = [evaluated / f"{name}.md" for name in ("results", "thoughts", "generated")]
+    return "\n".join(file.read_text() for file in files if file.is_file())

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("parameter", *MOMENTS)
+KEPT = "kept"
+"""Further tensors of a job (Engine.kept), not trained, the same on every rank."""
 
 
 class Slice:
@@ -76,6 +78,8 @@ def full_parameter(engine: Engine, name: str) -> Tensor:
 def gather(engine: Engine) -> dict[str, Tensor]:
     """`KIND/name` -> whole fp32 CPU tensor on rank 0, nothing elsewhere. Collective."""
     tensors: dict[str, Tensor] = {}
+    if engine.world.is_main:
+        tensors = {f"{KEPT}/{name}": tensor.detach().cpu().clone() for name, tensor in engine.kept.items()}
     for name in engine.parameters:
         for kind in KINDS:
             whole = _gather(engine, name, kind)
@@ -85,7 +89,8 @@ def gather(engine: Engine) -> dict[str, Tensor]:
 
 
 def expected(engine: Engine) -> dict[str, torch.Size]:
-    return {f"{kind}/{name}": engine.shape(name) for name in engine.parameters for kind in KINDS}
+    kept = {f"{KEPT}/{name}": tensor.shape for name, tensor in engine.kept.items()}
+    return kept | {f"{kind}/{name}": engine.shape(name) for name in engine.parameters for kind in KINDS}
 
 
 def scatter(engine: Engine, tensors: Mapping[str, Tensor], applied: int) -> None:
@@ -94,6 +99,8 @@ def scatter(engine: Engine, tensors: Mapping[str, Tensor], applied: int) -> None
     ArtifactError CKPT-004 unless names, shapes and dtypes are exactly this engine's.
     """
     _check(engine, tensors)
+    for name, tensor in engine.kept.items():
+        tensor.copy_(tensors[f"{KEPT}/{name}"])
     for name, parameter in engine.parameters.items():
         piece = slice_of(engine, parameter)
         if piece is None:

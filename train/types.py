@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ class Batch:
     position_BT  int64, restarts at 0 with every document
     segment_BT   int32, 1, 2, ... numbers the documents of a row; 0 is padding
     expert_B     int64, the expert (loss term) every row belongs to
+    row_B        int64, the number of every row in the whole data, 0 for rows that only fill up; None if nobody asks
     """
 
     tokens_BT: torch.Tensor
@@ -24,14 +25,14 @@ class Batch:
     position_BT: torch.Tensor
     segment_BT: torch.Tensor
     expert_B: torch.Tensor
+    row_B: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            *(
-                getattr(self, name).to(device, non_blocking=True)
-                for name in ("tokens_BT", "labels_BT", "position_BT", "segment_BT", "expert_B")
-            )
-        )
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        return Batch(*(None if t is None else change(t) for t in vars(self).values()))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,15 @@ class LossTerms:
 
     The engine's loss is sum_e sum_E[e] / count_E[e] over the whole step, hence independent of world size,
     accumulation and ZeRO stage.
+
+    total    a job that was told the step's weights (`begin_step`) may hand in the weighted sum itself, differentiable; the
+             engine then goes backward from it, and sum_E is for the record
+    extra_X  float64, sums of further statistics, named by the job's `extra_names`
     """
 
     sum_E: torch.Tensor
+    total: torch.Tensor | None = None
+    extra_X: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

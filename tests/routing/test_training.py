@@ -10,6 +10,7 @@ import pytest
 import torch
 from quietgoose.base.errors import ArtifactError
 from quietgoose.base.files import sha256_tensors
+from quietgoose.kernels import linear_loss
 from quietgoose.routing import losses
 from quietgoose.routing.model import assign_rows, attach, uninstall
 from quietgoose.routing.sites import find_sites
@@ -174,7 +175,7 @@ def test_losses_in_pieces_equal_one_piece(new_model, monkeypatch) -> None:
     whole.sum().backward()
     grads = [module.bank.flat(n).grad.clone() for n in NAMES]
     module.zero_grad()
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 64 * 5)
+    monkeypatch.setattr(linear_loss, "LOGITS_AT_ONCE", 64 * 5)
     pieces = module(batch)
     pieces.sum().backward()
     torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-5)

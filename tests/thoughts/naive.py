@@ -128,6 +128,7 @@ def naive_loss(
     """(total with its graph, sums [4]) of the terms, given the thoughts that were sampled."""
     model, thought = policy.model, policy.parameters.tensors()
     sums = [torch.zeros((), dtype=thought.meta_2D.dtype) for _ in range(4)]
+    keep = [token for token in range(VOCABULARY) if token not in config.banned]
     log = lambda h: functional.log_softmax(model.lm_head(h), -1)  # noqa: E731
     for row in range(rows.tokens_BT.shape[0]):
         for index in range(rows.tokens_BT.shape[1]):
@@ -159,6 +160,9 @@ def naive_loss(
                 logits = model.lm_head(branch[: config.tokens]) / config.policy_temperature
                 logits = logits.index_fill(-1, torch.tensor(config.banned, dtype=torch.long), -torch.inf)
                 logprobs.append(functional.log_softmax(logits, -1)[range(config.tokens), tokens])
+                if config.has_policy:
+                    entropy = torch.distributions.Categorical(logits=logits[:, keep]).entropy().sum()
+                    sums[2] = sums[2] - config.entropy_bonus / config.beta * entropy
         if config.has_policy:
             sums[2] = sums[2] + _naive_policy(
                 config, torch.stack(rewards), torch.stack(logprobs), thoughts.logprob_BAST[row, slot]

@@ -12,7 +12,7 @@ from quietgoose.thoughts.attention import NAME, PrefixState, restore, switch, th
 from quietgoose.thoughts.branch import language_head
 from quietgoose.thoughts.prefix import run_prefix
 from torch import nn
-from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from .naive import SHAPE, llama, packed, qwen2
 
@@ -75,7 +75,7 @@ def test_a_closed_prefix_keeps_nothing_that_is_recomputed() -> None:
 
 def test_sliding_windows_are_refused() -> None:
     model = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)).eval()
-    with pytest.raises(RecipeError, match="CFG-083"):
+    with pytest.raises(RecipeError, match="CFG-103"):
         run_prefix(model, ROWS)
 
 
@@ -84,7 +84,7 @@ def test_a_model_that_keeps_keywords_to_itself_is_refused() -> None:
     layer = model.base_model.layers[1]
     own = layer.self_attn.forward
     layer.self_attn.forward = lambda *args, thought_branch=None, **kwargs: own(*args, **kwargs)
-    with pytest.raises(RecipeError, match=r"CFG-083.*thought_branch"):
+    with pytest.raises(RecipeError, match=r"CFG-103.*thought_branch"):
         run_prefix(model, ROWS)
 
 
@@ -94,20 +94,29 @@ def test_dropout_is_refused() -> None:
         run_prefix(model, ROWS)
 
 
+def test_dropout_outside_the_attention_is_refused_too() -> None:
+    """Else the thoughts are drawn by one network and differentiated through another."""
+    shape = {"n_embd": 24, "n_layer": 1, "n_head": 4, "vocab_size": 23, "n_positions": 64}
+    model = GPT2LMHeadModel(GPT2Config(**shape, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.1)).train()
+    with pytest.raises(QuietGooseError, match=r"THT-002.*drops 0\.1"):
+        run_prefix(model, ROWS)
+    assert run_prefix(model.eval(), ROWS).hidden_BLD.isfinite().all()
+
+
 def test_what_is_no_causal_model_is_refused() -> None:
-    with pytest.raises(RecipeError, match="CFG-083"):
+    with pytest.raises(RecipeError, match="CFG-103"):
         switch(nn.Linear(2, 2))
 
 
 def test_a_head_with_more_than_a_product_is_refused() -> None:
     model = llama()
     model.config.final_logit_softcapping = 30.0
-    with pytest.raises(RecipeError, match="CFG-083"):
+    with pytest.raises(RecipeError, match="CFG-103"):
         language_head(model)
 
 
 def test_an_encoder_is_not_switched_into_something_wrong() -> None:
     """Its attention is not causal, so its own prefix pass must not be taken for one."""
     shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
-    with pytest.raises(RecipeError, match="CFG-083"):
+    with pytest.raises(RecipeError, match="CFG-103"):
         run_prefix(BertModel(BertConfig(**shape, vocab_size=23)).eval(), ROWS)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from quietgoose.base.errors import QuietGooseError
 from quietgoose.kernels.testing import assert_close
 from quietgoose.thoughts.anchors import term_counts
 from quietgoose.thoughts.config import ThoughtConfig, curriculum, preset
 from quietgoose.thoughts.gradient import Stream, thought_loss
-from quietgoose.thoughts.policy import ModelPolicy
+from quietgoose.thoughts.policy import ModelPolicy, PolicyTensors
+from quietgoose.thoughts.stats import summarise
 from torch import Tensor
 
 from .naive import TestRows, llama, naive_loss, packed, policy_of, qwen2
@@ -30,10 +34,14 @@ CONFIGS = {
     "rlp off policy": preset("rlp", tokens=4, samples=3, rollout_cache="int4", clip=0.01),
     "rlp": preset("rlp", tokens=2, samples=3),
     "leave one out": preset("default", **SMALL | {"samples": 3}, advantage="leave_one_out", ratio_cap=None),
+    "entropy bonus": preset("default", **SMALL, beta=0.5, entropy_bonus=0.7, banned=(0, 1)),
+    "entropy bonus, hot": preset("paper", **SMALL, beta=3.0, entropy_bonus=2.0),
     "no policy": preset("default", **SMALL, control="no_policy"),
     "pause": preset("default", **SMALL, control="pause"),
     "random thoughts": preset("default", **SMALL, control="random_thoughts"),
     "every other": preset("default", **SMALL, anchors="every_n", every=2),
+    "random anchors": preset("default", **SMALL, anchors="random", share=0.4),
+    "entropy anchors": preset("default", **SMALL, anchors="entropy", share=0.6, limit=2),
     "distil": DISTIL,
 }  # fmt: skip
 
@@ -159,6 +167,23 @@ def test_recomputing_activations_keeps_the_prefix() -> None:
         assert_close(key, got[key], want[key], limit=1e-6)
 
 
+def test_a_bf16_model_gives_fp32_gradients_near_those_of_fp32() -> None:
+    """Frozen bf16 weights, fp32 embeddings and head; the same weights in fp32 as yardstick (pause: the same thoughts)."""
+    config, rows = CONFIGS["pause"], packed(ROWS, 10)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        policy = policy_of(llama().to(torch.bfloat16).to(dtype), config)
+        policy.model.requires_grad_(False)
+        loss = thought_loss(policy, rows, config, weights_of(config, rows), Stream(3, 0), chunk=3)
+        assert loss.total.dtype == torch.float32
+        found.append(gradients(policy, loss.total))
+    for key, want in found[1].items():
+        assert found[0][key].dtype == torch.float32
+        assert_close(
+            key, found[0][key], want, limit=0.2
+        )  # plain autograd in bf16 is up to 0.10 off here, this up to 0.10
+
+
 def test_without_gradients_nothing_is_kept() -> None:
     config, rows = CONFIGS["default"], packed(ROWS, 10)
     policy = policy_of(llama(), config)
@@ -168,6 +193,90 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert not loss.total.requires_grad
     again = thought_loss(policy, rows, config, weights, Stream(3, 0))
     torch.testing.assert_close(loss.total, again.total.detach())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_is_computed(mode, monkeypatch) -> None:
+    """Parameters that want gradients are inputs of the autograd function all the same."""
+    config, rows = CONFIGS["default"], packed(ROWS, 10)
+    policy = policy_of(llama(), config)
+    weights = weights_of(config, rows)
+    want = thought_loss(policy, rows, config, weights, Stream(3, 0), chunk=3)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with mode():
+        loss = thought_loss(policy, rows, config, weights, Stream(3, 0), chunk=3)
+    torch.testing.assert_close(loss.total.clone(), want.total.detach())
+    torch.testing.assert_close(loss.sums.clone(), want.sums)
+
+
+class BoundPolicy:
+    """The model's last gate projection times a vector that `bind` brings, as adapters are brought."""
+
+    def __init__(self, model: Any, parameters: Any) -> None:
+        self.model, self.parameters, self.given = model, parameters, None
+        width = model.config.intermediate_size
+        self.scale = torch.linspace(0.5, 1.5, width, dtype=model.dtype).requires_grad_()
+        model.requires_grad_(False)
+        model.base_model.layers[-1].mlp.gate_proj.register_forward_hook(lambda m, x, y: y * self.given)
+
+    def tensors(self) -> PolicyTensors:
+        return PolicyTensors(self.parameters.tensors(), (self.scale * 1.0,))
+
+    @contextmanager
+    def bind(self, tensors: PolicyTensors) -> Iterator[None]:
+        before, self.given = self.given, tensors.adapters[0]
+        try:
+            yield
+        finally:
+            self.given = before
+
+
+def test_adapters_are_bound_when_a_chunk_goes_back(monkeypatch) -> None:
+    """A chunk's backward pass may run the model again, so it belongs inside `bind`."""
+    config, rows = CONFIGS["default"], packed(ROWS, 10)
+    plain = policy_of(llama(), config, wide=True)
+    policy = BoundPolicy(plain.model, plain.parameters)
+    bound, real = [], torch.autograd.grad
+
+    def spy(*args: Any, **options: Any) -> Any:
+        bound.append(policy.given is not None)
+        return real(*args, **options)
+
+    weights = weights_of(config, rows)
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    loss = thought_loss(policy, rows, config, weights, Stream(3, 0), chunk=3)
+    assert bound
+    assert all(bound)
+    loss.total.backward()
+    assert float(policy.scale.grad.abs().max()) > 0
+
+
+def test_bound_adapters_refuse_activation_checkpointing() -> None:
+    config, rows = CONFIGS["default"], packed(ROWS, 10)
+    plain = policy_of(llama(), config)
+    policy = BoundPolicy(plain.model, plain.parameters)
+    policy.model.gradient_checkpointing_enable()
+    policy.model.train()
+    with pytest.raises(QuietGooseError, match="THT-004"):
+        thought_loss(policy, rows, config, weights_of(config, rows), Stream(3, 0))
+    policy.model.eval()
+    assert thought_loss(policy, rows, config, weights_of(config, rows), Stream(3, 0)).total.requires_grad
+
+
+def test_the_entropy_bonus_has_its_own_coefficient() -> None:
+    """d loss / d bonus is minus the mean entropy, whatever beta is; without a policy term there is none."""
+    rows = packed(ROWS, 10)
+    for changes in ({}, {"beta": 8.0}, {"control": "no_policy"}):
+        totals = []
+        for bonus in (0.0, 0.25):
+            config = preset("default", **SMALL, entropy_bonus=bonus, **changes)
+            policy = policy_of(llama(), config, wide=True)
+            loss = thought_loss(policy, rows, config, weights_of(config, rows), Stream(3, 0), chunk=3)
+            totals.append(loss.total.item())
+        entropy = summarise(loss.stats)["thought_entropy"]
+        assert totals[0] - totals[1] == pytest.approx(
+            0.0 if "control" in changes else 0.25 * entropy, rel=1e-5, abs=1e-9
+        )
 
 
 def test_a_batch_without_labels_is_finite() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -113,11 +114,20 @@ def test_forward_and_backward_after_loading_keep_the_bits(tmp_path: Path) -> Non
     assert sha256_tensors(model.state_dict()) == whole
 
 
+def test_equal_parameters_make_equal_files(tmp_path: Path) -> None:
+    tensors = made().tensors()
+    contents = set()
+    for number in range(8):
+        save_thoughts(tensors, tmp_path / f"{number}.safetensors")
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
 @pytest.mark.parametrize("change", ["width", "missing", "shape", "format", "head", "w0", "dtype", "nan", "torn"])
 def test_a_wrong_file_is_refused(change, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     named = {"meta": torch.randn(2, 24), **{f"head.{i}": t.detach() for i, t in enumerate(made().tensors().head)}}
-    metadata = {"format": "quietgoose-thoughts-1", "head": "paper", "initial_weight": "0.5"}
+    metadata: dict = {"format": "quietgoose-thoughts-1", "head": "paper", "initial_weight": 0.5}
     if change == "missing":
         del named["head.3"]
     elif change == "shape":
@@ -129,8 +139,8 @@ def test_a_wrong_file_is_refused(change, tmp_path: Path) -> None:
     elif change in ("format", "head"):
         metadata[change] = "other"
     elif change == "w0":
-        metadata["initial_weight"] = "nan"
-    save_file(named, path, metadata=metadata)
+        metadata["initial_weight"] = math.nan
+    save_file(named, path, metadata={"quietgoose": json.dumps(metadata)})
     if change == "torn":
         path.write_bytes(path.read_bytes()[:-4])
     width = 32 if change == "width" else 24

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from typing import Any
 
 import pytest
 import torch
+from quietgoose.base.errors import QuietGooseError, RecipeError
 from quietgoose.thoughts import stats
 from quietgoose.thoughts.anchors import choose_anchors, term_counts
 from quietgoose.thoughts.gradient import Stream, thought_loss
+from quietgoose.thoughts.policy import ModelPolicy, PolicyTensors
 from quietgoose.thoughts.prefix import run_prefix
 from quietgoose.thoughts.randomness import uniform
-from quietgoose.thoughts.rollout import RolloutGraphs, draw, rollout
-from quietgoose.thoughts.types import PAUSE
+from quietgoose.thoughts.rollout import (
+    KEPT_GRAPHS,
+    KEPT_ROLLOUTS,
+    WARM_STEPS,
+    RolloutGraphs,
+    _Stepper,
+    draw,
+    graph_key,
+    random_tokens,
+    rollout,
+)
+from quietgoose.thoughts.types import PAUSE, Prefix
 from torch import nn
 from torch.nn import functional
 
@@ -206,6 +220,25 @@ def test_control_random_thoughts_ignores_the_model() -> None:
     torch.testing.assert_close(one.logprob_BAST[0, 0, 0, 0].exp(), torch.tensor(1 / (VOCABULARY - 2)))
 
 
+@pytest.mark.parametrize("banned", [(), (0,), (22,), (3, 4, 9), tuple(range(1, 22))])
+def test_random_tokens_are_those_that_are_left_evenly(banned) -> None:
+    config = dataclasses.replace(CONFIG, banned=tuple(reversed(banned)))
+    kept = [token for token in range(VOCABULARY) if token not in banned]
+    u = ((torch.arange(8 * len(kept)) + 0.5) / (8 * len(kept))).view(4, -1)
+    tokens, logprob = random_tokens(nn.Linear(2, VOCABULARY), config, u)
+    assert torch.bincount(tokens.flatten(), minlength=VOCABULARY)[kept].tolist() == [8] * len(kept)
+    assert tokens.shape == logprob.shape == u.shape
+    torch.testing.assert_close(logprob.exp(), torch.full_like(u, 1 / len(kept)))
+
+
+@pytest.mark.parametrize("control", ["none", "random_thoughts"])
+@pytest.mark.parametrize("banned", [tuple(range(VOCABULARY)), (0, VOCABULARY), (-100,)])
+def test_banned_tokens_that_cannot_be_are_refused(control, banned) -> None:
+    config = dataclasses.replace(CONFIG, banned=banned, control=control)
+    with pytest.raises(RecipeError, match=r"CFG-100.*thoughts\.banned"):
+        thoughts_of(policy_of(llama(), config), ROWS, config)
+
+
 def test_bf16_rollout_records_fp32() -> None:
     model = llama().to(torch.bfloat16)
     policy = policy_of(model, CONFIG)
@@ -216,3 +249,89 @@ def test_bf16_rollout_records_fp32() -> None:
     assert loss.sums.dtype == loss.total.dtype == torch.float32
     found = stats.summarise(loss.stats)
     assert found["reward_zero_share"] < 0.05  # bf16 rewards would be exactly 0 for a third of the tokens and more
+
+
+# captured steps: what can be seen without a GPU ------------------------------------------------------------------------
+
+
+class _Graph:
+    def replay(self) -> None:
+        raise AssertionError("a graph that reads memory of others was replayed")
+
+
+def stepper_of(policy: ModelPolicy, tensors: PolicyTensors) -> tuple[_Stepper, Prefix]:
+    with torch.no_grad():
+        prefix = run_prefix(policy.model, ROWS)
+    anchors = choose_anchors(CONFIG, ROWS, seed=0, step=0)
+    stepper = _Stepper(policy, prefix, anchors, CONFIG, greedy=False, capture=True)
+    stepper.load(tensors, prefix, torch.zeros(1, dtype=torch.int64))
+    return stepper, prefix
+
+
+def test_parameters_that_moved_are_captured_again() -> None:
+    policy = policy_of(llama(), CONFIG)
+    tensors = policy.tensors()
+    stepper, prefix = stepper_of(policy, tensors)
+    graph: Any = _Graph()
+    stepper.graph, seed = graph, torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        next(policy.model.parameters()).add_(1.0)  # an optimizer step
+    stepper.load(tensors, prefix, seed)
+    assert stepper.graph is graph
+    weight = policy.model.base_model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.clone()  # an offload and its return
+    stepper.load(tensors, prefix, seed)
+    assert stepper.graph is None
+    assert stepper.warm == 0
+
+
+def test_a_captured_step_belongs_to_its_parameters() -> None:
+    """Another model's parameters of the same sizes: a new stepper, and nobody writes into the old model."""
+    policies = [policy_of(llama(seed), CONFIG) for seed in (0, 1)]
+    anchors = choose_anchors(CONFIG, ROWS, seed=0, step=0)
+    with torch.no_grad():
+        keys = [
+            graph_key(p.tensors(), run_prefix(p.model, ROWS), anchors, CONFIG, False) for p in (*policies, policies[0])
+        ]
+    assert keys[0] == keys[2]
+    assert keys[0] != keys[1]
+
+
+def test_what_cannot_be_captured_is_named() -> None:
+    policy = policy_of(llama(), dataclasses.replace(CONFIG, tokens=WARM_STEPS + 1))
+    stepper, _ = stepper_of(policy, policy.tensors())
+    with torch.no_grad(), pytest.raises(QuietGooseError, match=r"THT-005.*graphs=None"):
+        stepper.run(choose_anchors(CONFIG, ROWS, seed=0, step=0), ROWS)
+
+
+def test_graphs_make_room_before_they_take_it() -> None:
+    graphs, alive, peaks = RolloutGraphs(), weakref.WeakSet(), []
+
+    class Fake:
+        def __init__(self) -> None:
+            alive.add(self)
+            peaks.append(len(alive))
+
+    make: Any = Fake
+    for key in "abcab":
+        graphs.get(key, make)
+    assert max(peaks) == KEPT_GRAPHS
+    assert len(peaks) == 5
+    kept = graphs.get("b", make)
+    assert graphs.get("b", make) is kept
+
+
+def test_a_shape_that_is_not_used_any_more_is_dropped() -> None:
+    graphs, alive = RolloutGraphs(), weakref.WeakSet()
+
+    class Fake:
+        def __init__(self) -> None:
+            alive.add(self)
+
+    make: Any = Fake
+    graphs.get("a stage of the curriculum", make)
+    for _ in range(KEPT_ROLLOUTS):
+        graphs.get("the next", make)
+    assert len(alive) == 2
+    graphs.get("the next", make)
+    assert len(alive) == 1

@@ -3,7 +3,8 @@
 does; only the model and the data are tiny.
 
 Settings: {"out": folder, "cases": [case, ...]}. A case: run (folder below out), strategy, steps, and optionally every,
-resume, allow, file_limit, resume_step, dtype, model ("bank" or "plain"), clip, keep, plan (faults), step_seconds, hang_seconds.
+resume, allow, file_limit, resume_step, dtype, model ("bank", "plain" or "thoughts"), clip, keep, plan (faults), step_seconds,
+hang_seconds; more for "thoughts", see thought_case.py.
 Rank 0 leaves `CASE.json` with losses (as hex, so that equal means bitwise) and hashes.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -136,18 +138,31 @@ class Recorder:
         self.losses: list[list] = []
         self.norms: list[list] = []
         self.events: list[dict] = []
+        self.extra: list[dict] = []
 
     def on_step(self, report) -> None:
         if not self.losses:
             (self.folder / "first_step").touch()
         self.losses.append([report.step, report.loss.hex(), report.skipped])
         self.norms.append([value.hex() for value in report.gradient_norms.values()])
+        self.extra.append({**report.losses, **report.extra})
 
     def on_save(self, path: Path) -> None:
         self.events.append({"kind": "save", "name": path.name})
 
     def on_event(self, kind: str, **fields) -> None:
         self.events.append({"kind": kind, **fields})
+
+
+def build(case: dict, rank: int, world: int) -> tuple:
+    """(job, data, optimizer settings, a function that hashes what must not change)."""
+    if case.get("model") == "thoughts":
+        tools = runpy.run_path(str(Path(__file__).with_name("thought_case.py")))
+        job, data, frozen = tools["build"](case, rank, world)
+        return job, data, tools["optimizer"](), frozen
+    job = (PlainJob if case.get("model") == "plain" else BankJob)(getattr(torch, case.get("dtype", "float32")))
+    data = TinyData(rank, world, len(job.names), case.get("step_seconds", 0.0))
+    return job, data, OptimizerSettings(**{**OPTIMIZER, "clip": case.get("clip", OPTIMIZER["clip"])}), lambda: ""
 
 
 def run_case(case: dict, out: Path) -> int:
@@ -165,11 +180,10 @@ def run_case(case: dict, out: Path) -> int:
     def main() -> None:
         stop.install()
         torch.manual_seed(0)
-        job = (PlainJob if case.get("model") == "plain" else BankJob)(getattr(torch, case.get("dtype", "float32")))
-        data = TinyData(world.rank, world.size, len(job.names), case.get("step_seconds", 0.0))
-        settings = OptimizerSettings(**{**OPTIMIZER, "clip": case.get("clip", OPTIMIZER["clip"])})
+        job, data, settings, frozen = build(case, world.rank, world.size)
+        before = frozen()
         engine = Engine(
-            job, job.parameter_groups(), settings, 20, 2, load_strategy(case["strategy"]), job.names, "cpu"
+            job, job.parameter_groups(), settings, 20, data.micro_count, load_strategy(case["strategy"]), job.names, "cpu"
         )  # fmt: skip
         checkpoints = Checkpoints(
             folder / "checkpoints", keep=case.get("keep", 2), identity={"recipe": case.get("recipe", "r")},
@@ -183,6 +197,7 @@ def run_case(case: dict, out: Path) -> int:
             trained = engine.trainable()
             result["sha256"] = sha256_tensors(trained)
             result["trained"] = {name: tensor.double().sum().item() for name, tensor in trained.items()}
+            result["frozen"] = [before, frozen()]
             result["base_dtype"] = sorted({str(p.dtype) for p in job.parameters() if not p.requires_grad})
         finally:
             stop.close()
@@ -192,7 +207,9 @@ def run_case(case: dict, out: Path) -> int:
     code = run_guarded(folder, main)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if world.is_main:
-        result.update(code=code, losses=recorder.losses, norms=recorder.norms, events=recorder.events)
+        result.update(
+            code=code, losses=recorder.losses, norms=recorder.norms, events=recorder.events, extra=recorder.extra
+        )  # fmt: skip
         (out / f"{case.get('name', case['run'])}.json").write_text(json.dumps(result))
     return code
 

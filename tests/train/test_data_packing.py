@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quietgoose.base.errors import DataError
-from quietgoose.train.data.loader import FIELDS, StepData, share_of
+from quietgoose.train.data.loader import FIELDS, StepData, Terms, share_of
 from quietgoose.train.data.packing import IGNORE, best_fit, pack
 from quietgoose.train.data.rows import RowReport
 from quietgoose.train.data.tokens import TokenSet
@@ -185,3 +185,31 @@ def test_no_source_and_no_label_are_refused():
     masked = TokenSet(source.tokens_P, np.zeros_like(source.trained_P), source.ends, source.report)
     with pytest.raises(DataError, match=r"DATA-004"):
         StepData([pack("a", masked, LENGTH, PAD, 0)], 1, 1, seed=0)
+
+
+def test_rows_are_numbered_alike_for_any_number_of_processes_and_own_terms_count_all_of_them():
+    """What thoughts are drawn from: a row's number is its place in the data, whoever holds it."""
+    experts = [expert("a", seed=1), expert("b", seed=2)]
+    seen = []
+    counted = Terms(("x", "y"), lambda step, rows: torch.tensor([float(step), float((rows.labels_BT != IGNORE).sum())]))
+    for world, micro_rows in ((1, 5), (3, 2)):
+        numbers = {}
+        for rank in range(world):
+            data = StepData(experts, 4, micro_rows, seed=5, rank=rank, world=world, terms=counted)
+            batch = data.step(2)
+            assert data.names == ("x", "y")
+            assert batch.count_E.tolist() == [
+                2.0,
+                float(sum(e.label_B[data.row_numbers(n, 2)].sum() for n, e in enumerate(experts))),
+            ]
+            for micro in batch.micro:
+                assert micro.row_B is not None
+                for row in range(len(micro.row_B)):
+                    if bool((micro.segment_BT[row] > 0).any()):
+                        numbers[int(micro.row_B[row])] = micro.tokens_BT[row].tolist()
+        assert len(numbers) == 8
+        seen.append(numbers)
+    assert seen[0] == seen[1]
+    for number, tokens in seen[0].items():
+        index, place = (0, number) if number < experts[0].rows else (1, number - experts[0].rows)
+        assert experts[index].tokens_BT[place].tolist() == tokens

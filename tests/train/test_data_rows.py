@@ -122,7 +122,7 @@ def test_embedded_skills_by_name(monkeypatch):
     from types import ModuleType
 
     skills = ModuleType("quietgoose.train.skills")
-    skills.rows = lambda name, split, seed: [{"prompt": f"{name} {split} {seed}", "completion": " ok"}]
+    skills.rows = lambda name, split, seed, count: [{"prompt": f"{name} {split} {seed}", "completion": " ok"}]
     monkeypatch.setitem(sys.modules, "quietgoose.train.skills", skills)
     source = open_source(SourceSettings(path="skills:reverse", split="test"), "e", 7)
     [row] = read_rows(source, None, BadRows("error", RowReport()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from quietgoose.routing.library import ExpertLibrary
@@ -109,3 +111,61 @@ def test_gates_follow_experts_into_a_library() -> None:
     assert gated.names == NAMES
     assert all(expert.gates is not None for expert in gated)
     assert [e.tensor_hash() for e in gated] == [e.tensor_hash() for e in library]
+
+
+def misrouted(p: float) -> ExpertJob:
+    job = ExpertJob(make_model(), "sdpa", NAMES, ExpertSettings(rank=2, alpha=4.0, misrouting=p), seed=0)
+    randomise(job)
+    return job
+
+
+def numbered(batch: Batch, rows: list[int]) -> Batch:
+    return dataclasses.replace(batch, row_B=torch.tensor(rows))
+
+
+def test_misrouting_follows_the_row_whatever_the_batch() -> None:
+    """The shares of a row depend on seed, step and the row's number: not on its place in the batch."""
+    job = misrouted(0.5)
+    batch = numbered(packed()[0], [7, 3])
+    job.begin_step(4, torch.ones(2))
+    shares = job._shares(batch)
+    assert shares.shape == (len(job.sites), 2, 9, 1)
+    turned = dataclasses.replace(batch.map(lambda tensor: tensor.flip(0)))
+    assert torch.equal(job._shares(turned), shares.flip(1))
+    job.begin_step(5, torch.ones(2))
+    assert not torch.equal(job._shares(batch), shares)
+
+
+def test_misrouting_weakens_the_stated_share_of_tokens() -> None:
+    job = misrouted(0.25)
+    many = Batch(*(torch.zeros(64, 50, dtype=torch.long) for _ in range(4)), torch.zeros(64).long(), torch.arange(64))
+    shares = job._shares(many)
+    weak = shares[shares < 1]
+    assert abs(weak.numel() / shares.numel() - 0.25) < 0.01
+    assert abs(weak.mean().item() - 0.5) < 0.01
+    assert weak.min() >= 0
+    assert weak.max() > 0.99
+
+
+def test_misrouting_reaches_the_loss_and_every_site() -> None:
+    batch = numbered(packed()[0], [0, 1])
+    losses = {}
+    for p in (0.0, 1.0):
+        job = misrouted(p)
+        job.begin_step(0, torch.ones(2))
+        losses[p] = job(batch).sum_E
+        losses[p].sum().backward()
+        for name in NAMES:
+            assert job.bank.flat(name).grad is not None
+    assert not torch.allclose(losses[0.0], losses[1.0])
+    job = misrouted(1.0)  # the same numbers by hand: adapters scaled by the shares
+    job.begin_step(0, torch.ones(2))
+    shares = job._shares(batch)
+    seen = []
+    for index, module in enumerate(job._routed.values()):
+        module.adapter.register_forward_hook(lambda m, args, out, i=index: seen.append((i, m, *args, out)))
+    job(batch)
+    for index, adapter, x, y, out in seen:
+        a_BRI, b_BOR = job.context.adapters[index]
+        update = adapter.scale * torch.einsum("bti,bri,bor->bto", x, a_BRI, b_BOR) * shares[index]
+        assert torch.allclose(out, y + update, atol=1e-6)

@@ -1,8 +1,9 @@
 """The whole chain under the real launcher, two processes, the embedded skills and a very small nano.
 
-One undisturbed run (with every connection off this machine refused), one that is killed three times (a rank in the
-middle of the experts, rank 0 in the middle of their next save, a rank in the middle of the gates) and continued by the
-same command: the adapters, the gates and the table are the same bit for bit. Then what a user does with the export.
+One undisturbed run (with every connection off this machine refused), one that is killed four times (a rank in the
+middle of the experts, rank 0 in the middle of their next save, a rank in the middle of the gates, one in the middle of
+the thoughts) and continued by the same command: the adapters, the gates, the thoughts and the tables are the same bit
+for bit. Then what a user does with the export.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400), pytest.mark.xdi
 SMALL = [
     "--base.nano", '{"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "mlp_width": 128, "context": 128}',
     "--base.train.steps", "3", "--experts.train.steps", "5", "--experts.rank", "4", "--gates.train.steps", "6",
-    "--checkpoint.every", "2", "--evaluate.limit", "8", "--evaluate.bootstrap", "50", "--tracking.enabled", "false",
+    "--thoughts.train.steps", "7", "--thoughts.train.rows_per_expert", "2", "--thoughts.train.micro_rows", "1",
+    "--evaluate.thoughts.limit", "8", "--evaluate.thoughts.rows", "4", "--checkpoint.every", "2", "--evaluate.limit", "8",
+    "--evaluate.bootstrap", "50", "--tracking.enabled", "false",
 ]  # fmt: skip
 
 NO_NETWORK = """
@@ -79,24 +82,29 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert read_json(whole / "outcome.json")["state"] == "finished"
     kinds = [json.loads(line)["kind"] for line in (whole / "events.jsonl").read_text().splitlines()]
-    assert kinds.count("stage_finished") == 5
+    assert kinds.count("stage_finished") == 6
     assert "step_skipped" not in kinds
     assert {p.name for p in (whole / "export").iterdir()} >= {"quietgoose.json", "gates.safetensors", "experts", "base"}
     assert "<script" in (whole / "report.html").read_text()
     table = (whole / "stages" / "evaluate" / "result" / "results.md").read_text()
     assert all(arm in table for arm in ("base", "expert:digits", "oracle", "random", "merged", "arrow", "phatgoose"))
     assert (whole / "logs" / "rank1.log").is_file()
+    evaluated = whole / "stages" / "evaluate" / "result"
+    thoughts = (evaluated / "thoughts.md").read_text()
+    assert all(arm in thoughts for arm in ("no_thought", "shuffled", "pause", "random", "temperature", "entropy, nats"))
+    assert "<script" in (evaluated / "thoughts.html").read_text()
 
 
-def test_killed_three_times_and_continued_equals_undisturbed(whole: Path, tmp_path: Path) -> None:
-    # base has steps 0 to 2, experts 0 to 4, gates 0 to 5, so a step names the stage that is struck
+def test_killed_four_times_and_continued_equals_undisturbed(whole: Path, tmp_path: Path) -> None:
+    # base has steps 0 to 2, experts 0 to 4, gates 0 to 5, thoughts 0 to 6, so a step names the stage that is struck
     kills = [
         {"rank": 1, "step": 3, "point": "step", "action": "kill"},
         {"rank": 0, "step": 4, "point": "save.writing", "action": "kill"},
         {"rank": 1, "step": 5, "point": "step", "action": "kill"},
+        {"rank": 1, "step": 6, "point": "micro", "action": "kill"},
     ]
     output = tmp_path / "run"
-    for kill, stage in zip(kills, ("experts", "experts", "gates"), strict=True):
+    for kill, stage in zip(kills, ("experts", "experts", "gates", "thoughts"), strict=True):
         done = run(output, environment={"QG_FAULT_TESTS": "1", "QG_FAULT_PLAN": json.dumps([kill])})
         assert done.returncode != 0, "the planned kill did not happen"
         assert not (output / "stages" / stage / "DONE.json").exists()
@@ -104,10 +112,11 @@ def test_killed_three_times_and_continued_equals_undisturbed(whole: Path, tmp_pa
     done = run(output)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continues at step" in done.stderr
-    for stage in ("base", "experts", "gates"):
+    for stage in ("base", "experts", "gates", "thoughts"):
         assert hash_tree(output / "stages" / stage / "result") == hash_tree(whole / "stages" / stage / "result"), stage
-    mine, other = (read_json(p / "stages" / "evaluate" / "result" / "results.json") for p in (output, whole))
-    assert mine["cells"] == other["cells"]
+    for table in ("results.json", "thoughts.json"):
+        mine, other = (read_json(p / "stages" / "evaluate" / "result" / table) for p in (output, whole))
+        assert mine["cells"] == other["cells"]
     assert not list(output.rglob("*.tmp-*"))
 
 
@@ -136,6 +145,7 @@ def test_a_loaded_export_computes_what_was_trained_bit_for_bit(whole: Path) -> N
     from quietgoose.routing.sites import find_sites
     from quietgoose.train.base_models import load_base
     from quietgoose.train.recipe import BaseSettings
+    from quietgoose.train.thought_model import put_thinking, read_thinking
 
     base = load_base(BaseSettings(model=str(whole / "stages" / "base" / "result")))
     sites = find_sites(base.model, ["all-linear"])
@@ -143,12 +153,17 @@ def test_a_loaded_export_computes_what_was_trained_bit_for_bit(whole: Path) -> N
     names = read_json(results / "experts.json")["names"]
     library = ExpertLibrary(load_peft(results / name, name, sites) for name in names)
     library = load_gates(whole / "stages" / "gates" / "result" / "gates.safetensors", library, sites)
-    trained = probe(attach(base.model, library, "phatgoose", 2))
+    attach(base.model, library, "phatgoose", 2)
+    thinking = read_thinking(whole / "stages" / "thoughts" / "result", 64, sites)
+    put_thinking(base.model, thinking)
+    trained = probe(base.model)
     code = (
         "import quietgoose, sys, torch; from safetensors.torch import save_file\n"
-        "m = quietgoose.load(sys.argv[1]); t = torch.tensor([list(b'ab 12 = cd 34'), list(b'#! [] = #! []')])\n"
+        "m = quietgoose.load(sys.argv[1]); assert m.thought_state.config.tokens == 5\n"
+        "t = torch.tensor([list(b'ab 12 = cd 34'), list(b'#! [] = #! []')])\n"
         "with torch.no_grad(): logits = m(t).logits\n"
         "out = m.generate(t, max_new_tokens=4, do_sample=False); assert out.shape == (2, 17)\n"
+        "out = m.generate(t, max_new_tokens=4, do_sample=False, thoughts=True); assert out.shape == (2, 17)\n"
         "save_file({'logits': logits}, sys.argv[2])"
     )
     out = whole.parent / "logits.safetensors"
@@ -164,7 +179,7 @@ def test_peft_opens_an_exported_expert_and_the_merge(whole: Path, tmp_path: Path
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    routed = export.load(whole / "export")
+    routed = export.load(whole / "export", thoughts=False)
     from quietgoose.routing.model import set_router
 
     alone = probe(set_router(routed, "expert:digits"))
@@ -182,7 +197,7 @@ def test_peft_opens_an_exported_expert_and_the_merge(whole: Path, tmp_path: Path
 def test_restricting_experts_touches_no_other(whole: Path) -> None:
     two = export.load(whole / "export", experts=["digits", "marks"], k=1)
     assert two.routing_state.library.names == ("digits", "marks")
-    everything = export.load(whole / "export")
+    everything = export.load(whole / "export", thoughts=False)
     for site, adapter in two.routing_state.library["marks"].adapters.items():
         assert torch.equal(adapter.a_RI, everything.routing_state.library["marks"].adapters[site].a_RI)
     with pytest.raises(RecipeError, match="digits"):

@@ -146,6 +146,67 @@ def test_refused(recipe_file: Path, options: list[str], code: str, text: str) ->
     assert text in str(error)
 
 
+THINKING = ["--stages=[base,thoughts]", "--data.thoughts.path=steps:permutations-direct"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (["--data.thoughts=null"], "CFG-011", "data.thoughts: is not set"),
+        (["--data.thoughts.path=steps:permutation-direct"], "DATA-002", "Did you mean 'permutations-direct'"),
+        (["--stages=[thoughts]"], "CFG-020", "'thoughts' needs the result of 'base'"),
+        (["--stages=[thoughts, base]"], "CFG-004", "the order is base, thoughts"),
+        (["--thoughts.over=routed"], "CFG-020", "'thoughts' needs the result of 'experts'"),
+        (["--thoughts.over=rooted"], "CFG-110", "Did you mean 'routed'"),
+        (["--thoughts.over=expert:won"], "CFG-110", "there is no expert 'won'"),
+        (
+            ["--stages=[base,experts,gates,thoughts]", "--thoughts.over=routed", "--router.name=oracle"],
+            "CFG-110",
+            "phatgoose",
+        ),
+        (["--thoughts.trainable=full"], "CFG-111", "thoughts.over: base in a recipe without experts"),
+        (["--thoughts.trainable=full", "--strategy=zero3"], "CFG-111", "ZeRO-3"),
+        (["--thoughts.trainable=full", "--base.dtype=bfloat16"], "CFG-111", "set it to float32"),
+        (["--thoughts.trainable=embeddings", "--thoughts.control=no_thoughts"], "CFG-111", "trains nothing"),
+        (["--thoughts.tokens=0"], "CFG-", "thoughts.tokens is 0"),
+        (["--thoughts.preset=default", "--thoughts.curriculum_sizes=[[3,1]]"], "CFG-113", "set it to curriculum"),
+        (["--thoughts.preset=curriculum", "--thoughts.curriculum_sizes=[[3]]"], "CFG-113", "[tokens, lookahead]"),
+        (["--thoughts.temperature=2"], "CFG-", "make them equal"),
+        (["--thoughts.tokens=250"], "CFG-008", "over the base's context 256"),
+        (["--thoughts.train.activation_checkpointing=true"], "CFG-008", "thoughts.chunk"),
+        (["--thoughts.rank=0"], "CFG-003", "thoughts.rank: 0"),
+        (["--thoughts.preset=papr"], "CFG-003", "papr"),
+        (["--stages=[base,thoughts,evaluate]", "--evaluate.thoughts.arms=[thought]"], "CFG-026", "evaluate.thoughts"),
+    ],
+)
+def test_thoughts_refused(recipe_file: Path, options: list[str], code: str, text: str) -> None:
+    error = refused("--config", recipe_file, *THINKING, *options)
+    assert f"QG-{code}" in str(error)
+    assert text in str(error)
+
+
+def test_thoughts_of_a_recipe(recipe_file: Path) -> None:
+    from quietgoose.train.thought_settings import compute_ratio, final_config, thought_plan, training_steps
+
+    recipe = load_recipe(["--config", str(recipe_file), *THINKING, "--thoughts.preset=paper", "--thoughts.tokens=5"])
+    config = final_config(thought_plan(recipe.thoughts, (256,)))
+    assert (config.tokens, config.advantage, config.policy_temperature, config.beta) == (5, "one_sided", 3.0, 1e6)
+    assert config.banned == (256,)
+    loose = load_recipe(["--config", str(recipe_file), *THINKING, "--thoughts.ratio_cap=0", "--thoughts.temperature=2"])
+    assert final_config(thought_plan(loose.thoughts)).ratio_cap is None, "0 switches it off"
+    short = ["--thoughts.preset=curriculum", "--thoughts.curriculum_sizes=[[4,2],[2,1]]"]
+    plan = thought_plan(load_recipe(["--config", str(recipe_file), *THINKING, *short]).thoughts)
+    assert [(one.tokens, one.distil_weight > 0) for one in plan.stages] == [(4, False), (2, False), (2, True)]
+    assert final_config(plan) is plan.stages[1]
+    same = load_recipe(["--config", str(recipe_file), *THINKING, "--thoughts.control=same_compute"]).thoughts
+    thinking = load_recipe(["--config", str(recipe_file), *THINKING]).thoughts
+    ratio = compute_ratio(thought_plan(thinking).stages[0], 64)
+    assert ratio == (4 * 64 * 9 + 3 * (64 + 4 * 64 * 13)) / (3 * 64), "quiet-star.md section 4, FLOPs"
+    assert training_steps(same, 64) == -(-200 * (4 * 9 + 3 * (1 + 4 * 13)) // 3)
+    assert training_steps(thinking, 64) == 200
+    assert thought_plan(same).stages[0].control == "no_thoughts"
+
+
 def test_every_problem_is_listed(recipe_file: Path) -> None:
     error = refused("--config", recipe_file, "--experts.rank=0", "--strategy=x", "--base.nano.heads=3")
     assert "4 problems" in str(error)  # the third breaks two rules

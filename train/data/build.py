@@ -9,7 +9,7 @@ from typing import Any
 
 from ...base.errors import RecipeError
 from ..recipe import DataSettings, SourceSettings, TrainSettings
-from .loader import StepData
+from .loader import StepData, Terms
 from .packing import pack
 from .rows import log
 from .sources import resolve_sources as resolve_sources
@@ -29,8 +29,9 @@ def build_step_data(
     seed: int,
     rank: int = 0,
     world: int = 1,
+    terms: Terms | None = None,
 ) -> StepData:
-    """One loss term per source, in the order of `sources`. Every rank calls it; ranks share the token cache.
+    """One loss term per source, in the order of `sources`, or `terms`. Every rank calls it; ranks share the token cache.
 
     The `base` stage calls it with the one source `{"loss": data.base}` and `loss_on: all`.
 
@@ -46,7 +47,7 @@ def build_step_data(
             raise RecipeError("stages has 'base', so data.base must name its source", code="CFG-011")
         tokens = token_set(source, name, tokenizer, rule, cache / "tokens", seed, reads)
         packed.append(pack(name, tokens, settings.sequence_length, pad_id or 0, seed))
-    data = StepData(packed, train.rows_per_expert, train.micro_rows, seed, rank, world, pad_id or 0)
+    data = StepData(packed, train.rows_per_expert, train.micro_rows, seed, rank, world, pad_id or 0, terms)
     for name, summary in data.summary().items():
         log.info("%s: %s", name, summary)
     return data

@@ -8,6 +8,7 @@ continues at any step. Called by train/loop.py through `StepData.step`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,6 +22,15 @@ from ..types import Batch, StepBatch
 from .packing import IGNORE, PackedExpert
 
 FIELDS = ("tokens_BT", "labels_BT", "position_BT", "segment_BT")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Loss terms that are not the sources: `count(step, rows)` gives the float64 summands of each over all rows of a
+    step, by their labels and documents alone."""
+
+    names: tuple[str, ...]
+    count: Callable[[int, Batch], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class StepData:
     Row j of expert e is number e*n + j of the step; rank r holds the numbers r, r + world, r + 2*world, ...
     and cuts them into micro-batches in that order. What is missing at the end is filled with empty rows
     (segment 0, label -100, expert 0), so every rank has the same number of micro-batches of the same shape.
+    `terms`: loss terms of a job whose terms are not the sources.
     """
 
     def __init__(
@@ -56,6 +67,7 @@ class StepData:
         rank: int = 0,
         world: int = 1,
         pad_id: int = 0,
+        terms: Terms | None = None,
     ) -> None:
         _check(experts, rows_per_expert, micro_rows)
         self.experts = experts
@@ -64,7 +76,9 @@ class StepData:
         self.rank = rank
         self.world = world
         self.pad_id = pad_id
+        self.terms = terms
         self.length = experts[0].tokens_BT.shape[1]
+        self._first_rows = np.cumsum([0, *(packed.rows for packed in experts)])
         self.share = share_of(len(experts) * rows_per_expert, micro_rows, world)
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="quietgoose-data")
@@ -72,8 +86,8 @@ class StepData:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Loss terms, in the order of `count_E` and `expert_B`."""
-        return tuple(expert.name for expert in self.experts)
+        """Loss terms, in the order of `count_E` (and of `expert_B`, if the sources are the terms)."""
+        return tuple(expert.name for expert in self.experts) if self.terms is None else self.terms.names
 
     @property
     def micro_count(self) -> int:
@@ -132,21 +146,25 @@ class StepData:
         size = self.share.rows
         return StepBatch(
             step=step,
-            micro=tuple(self._batch(mine[m * size : (m + 1) * size]) for m in range(self.share.micros)),
-            count_E=torch.tensor(
-                [float(packed.label_B[rows].sum()) for packed, rows in zip(self.experts, chosen)],
-                dtype=torch.float64,
-            ),
+            micro=tuple(self._batch(mine[m * size : (m + 1) * size], size) for m in range(self.share.micros)),
+            count_E=self._counts(step, chosen, pairs),
             tokens=int(sum(packed.token_B[rows].sum() for packed, rows in zip(self.experts, chosen))),
         )
 
-    def _batch(self, pairs: list[tuple[int, int]]) -> Batch:
-        shape = (self.share.rows, self.length)
+    def _counts(self, step: int, chosen: list[np.ndarray], pairs: list[tuple[int, int]]) -> torch.Tensor:
+        if self.terms is not None:
+            return self.terms.count(step, self._batch(pairs, len(pairs)))
+        labels = [float(packed.label_B[rows].sum()) for packed, rows in zip(self.experts, chosen)]
+        return torch.tensor(labels, dtype=torch.float64)
+
+    def _batch(self, pairs: list[tuple[int, int]], size: int) -> Batch:
+        shape = (size, self.length)
         fill = {"tokens_BT": self.pad_id, "labels_BT": IGNORE, "position_BT": 0, "segment_BT": 0}
         arrays = {name: np.full(shape, fill[name], dtype=np.int64) for name in FIELDS}
-        expert_B = np.zeros(shape[0], dtype=np.int64)
+        expert_B, row_B = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         for place, (expert, row) in enumerate(pairs):
             expert_B[place] = expert
+            row_B[place] = self._first_rows[expert] + row
             for name in FIELDS:
                 arrays[name][place] = getattr(self.experts[expert], name)[row]
         segment = torch.from_numpy(arrays.pop("segment_BT").astype(np.int32))
@@ -154,6 +172,7 @@ class StepData:
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
             segment_BT=segment,
             expert_B=torch.from_numpy(expert_B),
+            row_B=torch.from_numpy(row_B),
         )
 
 
@@ -171,5 +190,5 @@ def _check(experts: list[PackedExpert], rows_per_expert: int, micro_rows: int) -
 def _pinned(batch: StepBatch) -> StepBatch:
     """Page-locked copies, so that Batch.to(cuda) does not wait. Done in the caller's thread, on its
     device."""
-    micro = tuple(Batch(*(getattr(m, name).pin_memory() for name in (*FIELDS, "expert_B"))) for m in batch.micro)
+    micro = tuple(m.map(lambda tensor: tensor.pin_memory()) for m in batch.micro)
     return StepBatch(batch.step, micro, batch.count_E, batch.tokens)

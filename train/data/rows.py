@@ -16,7 +16,7 @@ import json
 import logging
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,7 +24,8 @@ from ...base.errors import DataError
 from ...base.files import safe_name, sha256_file
 from ..recipe import SourceSettings
 
-SKILLS = "skills:"
+SKILLS, STEPS = "skills:", "steps:"
+JOIN = " + "
 FILE_ENDINGS = (".jsonl", ".jsonl.gz")
 MAX_LINE_BYTES = 64 * 2**20
 log = logging.getLogger("quietgoose.data")
@@ -77,7 +78,7 @@ class Source(Protocol):
 
 
 def open_source(settings: SourceSettings, name: str, seed: int) -> Source:
-    """The source a setting means.
+    """The source a setting means; several joined by ` + ` are read one after another.
 
     Raises:
         DataError: DATA-002, the file, folder, split, dataset or skill is not there.
@@ -85,11 +86,18 @@ def open_source(settings: SourceSettings, name: str, seed: int) -> Source:
     path = settings.path
     if not path:
         raise DataError(
-            f"data.experts.{name}.path is empty; name a file, a folder, a dataset or skills:NAME",
+            f"data.experts.{name}.path is empty; name a file, a folder, a dataset, skills:NAME or steps:NAME",
             code="DATA-002",
         )
-    if path.startswith(SKILLS):
-        return SkillSource(path.removeprefix(SKILLS), settings.split, seed)
+    if JOIN in path:
+        parts = [part.strip() for part in path.split(JOIN)]
+        return JoinedSource(tuple(open_source(replace(settings, path=part), name, seed) for part in parts))
+    if path.startswith((SKILLS, STEPS)):
+        if path.startswith(STEPS):
+            from ..steps_skills import parse_name
+
+            parse_name(path.removeprefix(STEPS))
+        return SkillSource(path, settings.split, seed)
     local = Path(path).expanduser()
     if local.is_dir():
         return FileSource(split_file(local, settings.split))
@@ -189,7 +197,8 @@ class DatasetSource:
 
 @dataclass(frozen=True)
 class SkillSource:
-    """Rows made by train/skills.py: the same for the same name, split and seed."""
+    """Rows made by train/skills.py (`skills:NAME`) or train/steps_skills.py (`steps:NAME`): the same for the same name,
+    split and seed."""
 
     name: str
     split: str
@@ -199,10 +208,33 @@ class SkillSource:
         return _fingerprint_of_rows(self)
 
     def raw(self, bad: BadRows) -> Iterator[tuple[str, Any]]:
-        from ..skills import rows
+        for number, value in enumerate(made_rows(self.name, self.split, self.seed)):
+            yield f"{self.name}[{self.split}], row {number}", value
 
-        for number, value in enumerate(rows(self.name, self.split, self.seed)):
-            yield f"{SKILLS}{self.name}[{self.split}], row {number}", value
+
+def made_rows(name: str, split: str, seed: int, count: int | None = None) -> list[dict[str, str]]:
+    """The rows of `skills:NAME` or `steps:NAME`. DataError DATA-002 if there is no such thing."""
+    if name.startswith(STEPS):
+        from .. import steps_skills
+
+        return steps_skills.rows(name.removeprefix(STEPS), split, seed, count)
+    from .. import skills
+
+    return skills.rows(name.removeprefix(SKILLS), split, seed, count)
+
+
+@dataclass(frozen=True)
+class JoinedSource:
+    """Several sources, one after another."""
+
+    parts: tuple[Source, ...]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("|".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
+
+    def raw(self, bad: BadRows) -> Iterator[tuple[str, Any]]:
+        for part in self.parts:
+            yield from part.raw(bad)
 
 
 def read_rows(source: Source, limit: int | None, bad: BadRows) -> Iterator[Row]:

@@ -1,0 +1,68 @@
+"""Thoughts without experts, and all weights trained: the run, its tables and its export, in one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from quietgoose.base.files import read_json
+from quietgoose.train import export
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("pipeline")]
+
+TINY = [
+    "--base.nano", '{"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "mlp_width": 48, "context": 128}',
+    "--base.train.steps", "3", "--base.train.rows_per_expert", "4", "--base.train.micro_rows", "4",
+    "--data.base.path", "steps:permutations-half,k=2,rows=40", "--data.thoughts.path", "steps:permutations-direct,k=2,rows=40",
+    "--data.sequence_length", "40", "--thoughts.tokens", "2", "--thoughts.chunk", "9", "--thoughts.train.steps", "3",
+    "--thoughts.train.rows_per_expert", "2", "--thoughts.train.micro_rows", "1", "--evaluate.thoughts.limit", "6",
+    "--evaluate.thoughts.rows", "3", "--evaluate.thoughts.tasks", '{"questions": "steps:permutations-direct,k=2"}',
+    "--evaluate.thoughts.generated", '{"purse": "steps:purse-direct,k=1"}', "--evaluate.max_new_tokens", "3",
+    "--evaluate.thoughts.text.path", "steps:permutations-direct,k=2", "--evaluate.bootstrap", "20",
+    "--tracking.enabled", "false",
+]  # fmt: skip
+
+
+def run(output: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "launch/train.py", "--config", "launch/recipes/thoughts_permutations.yaml", "--output", str(output),
+        "--data.cache", str(output.parent / "cache"), *TINY, *options,
+    ]  # fmt: skip
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_run_without_experts(tmp_path: Path, trainable: str) -> None:
+    done = run(tmp_path / "run", "--thoughts.trainable", trainable)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "thoughts save" in done.stderr
+    evaluated = tmp_path / "run" / "stages" / "evaluate" / "result"
+    table = read_json(evaluated / "thoughts.json")
+    missing = {"base", "untrained"} if trainable == "full" else set()
+    every = {"base", "no_thought", "untrained", "thought", "shuffled", "pause", "random", "temperature"}
+    assert set(table["arms"]) == every - missing
+    assert set(read_json(evaluated / "generated.json")["arms"]) == {"base", "no_thought", "thought"} - missing
+    assert len(read_json(evaluated / "deciles.json")["deciles"]) == 10
+    assert not (evaluated / "results.json").exists()
+    loaded = export.load(tmp_path / "run" / "export")
+    assert loaded.thought_state.config.tokens == 2
+    before = load_file(tmp_path / "run" / "stages" / "base" / "result" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "export" / "base" / "model.safetensors")
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    assert same is (trainable == "lora"), "the base moves only where all weights train"
+    tokens = torch.tensor([list(b"@sKL=")])
+    assert loaded.generate(tokens, max_new_tokens=2, do_sample=False, thoughts=True).shape == (1, 7)
+
+
+def test_a_control_is_a_run_like_any_other(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", "--thoughts.control", "no_thoughts", "--evaluate.thoughts.generated", "{}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    table = read_json(tmp_path / "run" / "stages" / "evaluate" / "result" / "thoughts.json")
+    assert set(table["arms"]) == {"base", "no_thought", "temperature"}

@@ -1,0 +1,189 @@
+"""The `evaluate` stage's part about thoughts: the table of arms, gain by entropy, and the page that shows thoughts.
+
+    thoughts.{json,md,csv}    every arm on every task of evaluate.thoughts
+    generated.{json,md,csv}   the tasks whose answers are generated
+    deciles.json              nats saved by decile of entropy on evaluate.thoughts.text
+    thoughts.html             what was thought, and its worth
+
+Called by train/evaluate_stage.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base.files import write_atomic, write_json
+from ..evaluation.results import Results
+from ..evaluation.run import evaluate
+from ..evaluation.tables import to_markdown, write_results
+from ..evaluation.tasks import Task
+from ..evaluation.thoughts_report import ThoughtTrace, write_thoughts_report
+from ..evaluation.thoughts_trace import thought_trace
+from ..routing.sites import all_sites
+from ..thoughts.generation import ThoughtGeneration
+from ..thoughts.parameters import ThoughtParameters
+from ..thoughts.policy import ModelPolicy
+from . import thought_deciles
+from .base_models import LoadedBase
+from .data.build import build_step_data
+from .data.loader import StepData
+from .recipe import Recipe, ThoughtEvaluation, TrainSettings
+from .stages import Context, Writer
+from .stages_thoughts import fresh_parameters, put_below
+from .tasks import task_of
+from .thought_arms import GENERATING, ThinkingModel, build_thought_arms, fit_temperature
+from .thought_model import hidden_size, put_thinking, read_thinking
+from .thought_settings import thought_plan
+
+NAME, GENERATED, DECILES, PAGE = "thoughts", "generated", "deciles.json", "thoughts.html"
+SHOWN_TEXTS = 8
+SHOWN_SAMPLES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ThoughtFindings:
+    """What was found; parts that the recipe does not ask for are None or empty."""
+
+    results: Results | None
+    generated: Results | None
+    gains: thought_deciles.TokenGains | None
+    traces: list[ThoughtTrace]
+
+
+def evaluate_thoughts(context: Context, base: LoadedBase) -> ThoughtFindings:
+    """Put the thoughts on the model and score it. Collective."""
+    recipe, settings = context.recipe, context.recipe.evaluate.thoughts
+    thinker = thinking_model(context, base)
+    tasks = load_tasks(settings.tasks, settings, recipe)
+    generated = load_tasks(settings.generated, settings, recipe)
+    data = _text(context, base) if settings.text is not None else None
+    with torch.no_grad():
+        results = _table(context, thinker, tasks) if tasks else None
+        written = _table(context, thinker, generated, GENERATING) if generated else None
+        gains = None if data is None else thought_deciles.token_gains(thinker, data, context.device)
+        traces = _traces(base, [*tasks, *generated], context) if thinker.config.thinks else []
+    return ThoughtFindings(results, written, gains, traces)
+
+
+def thinking_model(context: Context, base: LoadedBase) -> ThinkingModel:
+    """The base with experts, LoRA on top and thoughts, as the `thoughts` stage left them."""
+    recipe = context.recipe
+    folder = context.folder.require("thoughts", "evaluate")
+    put_below(context, base, "evaluate")
+    thinking = read_thinking(folder, hidden_size(base.model), all_sites(base.model))
+    top = put_thinking(base.model.requires_grad_(False), thinking)
+    return ThinkingModel(
+        ModelPolicy(base.model, thinking.parameters.requires_grad_(False)), thinking.config, top, base.tokenizer,
+        recipe.seed, recipe.evaluate.batch_tokens, as_begun(context, base),
+    )  # fmt: skip
+
+
+def as_begun(context: Context, base: LoadedBase) -> ThoughtParameters:
+    """START, END and head before the first step: a function of base, recipe and seed."""
+    settings = context.recipe.thoughts
+    made = fresh_parameters(base, settings, thought_plan(settings), context.recipe.seed)
+    return made.to(context.device).requires_grad_(False)
+
+
+def load_tasks(
+    sources: Mapping[str, str], settings: ThoughtEvaluation, recipe: Recipe, split: str | None = None
+) -> list[Task]:
+    """Tasks by name and source in a split (default: evaluate.split)."""
+    chosen, limit = split or recipe.evaluate.split, settings.limit
+    return [task_of(name, source, chosen, recipe.seed, limit) for name, source in sources.items()]
+
+
+def _table(
+    context: Context, thinker: ThinkingModel, tasks: list[Task], generating: Sequence[str] | None = None
+) -> Results:
+    """Every arm on every task; with `generating` only those arms, and numeric answers are generated."""
+    recipe, settings = context.recipe, context.recipe.evaluate
+    names = [name for name in settings.thoughts.arms if _applies(name, recipe, thinker)]
+    names = [name for name in names if generating is None or name in generating]
+
+    @cache
+    def temperature() -> float:
+        held_out = load_tasks(settings.thoughts.tasks, settings.thoughts, recipe, settings.thoughts.temperature_split)
+        found = fit_temperature(thinker, held_out, settings.batch_tokens, context.device)
+        context.event("temperature", value=found)
+        return found
+
+    return evaluate(
+        thinker.policy.model, thinker.tokenizer, tasks, build_thought_arms(names, thinker, temperature),
+        device=context.device, batch_tokens=settings.batch_tokens, generate="never" if generating is None else "numbers",
+        max_new_tokens=settings.max_new_tokens, bootstrap=settings.bootstrap,
+        baseline="no_thought" if "no_thought" in names else names[0], seed=recipe.seed, on_progress=context.progress,
+    )  # fmt: skip
+
+
+def _applies(arm: str, recipe: Recipe, thinker: ThinkingModel) -> bool:
+    """Whether an arm makes sense: a model that learned no thoughts has none to show, and where all weights trained there
+    is no way back to the base."""
+    if arm in ("base", "untrained") and recipe.thoughts.trainable == "full":
+        return False
+    if arm == "base":
+        return True
+    return thinker.config.thinks or arm in ("no_thought", "temperature")
+
+
+def _text(context: Context, base: LoadedBase) -> StepData:
+    """Packed rows of evaluate.thoughts.text, at most evaluate.thoughts.rows, all in one step: this rank's share."""
+    recipe = context.recipe
+    settings = dataclasses.replace(recipe.data, loss_on=recipe.thoughts.loss_on)
+
+    def build(rows: int) -> StepData:
+        train = TrainSettings(steps=1, rows_per_expert=rows, micro_rows=max(1, recipe.thoughts.train.micro_rows))
+        return build_step_data(
+            {"text": recipe.evaluate.thoughts.text}, base.tokenizer, settings, train, recipe.seed, context.world.rank,
+            context.world.size,
+        )  # fmt: skip
+
+    data = build(recipe.evaluate.thoughts.rows)
+    there = data.experts[0].rows
+    return data if there >= recipe.evaluate.thoughts.rows else build(there)
+
+
+def _traces(base: LoadedBase, tasks: list[Task], context: Context) -> list[ThoughtTrace]:
+    """A few items with sampled thoughts before every token (rank 0 shows them)."""
+    if not context.world.is_main:
+        return []
+    random = torch.Generator(device="cpu").manual_seed(context.recipe.seed)
+    settings = ThoughtGeneration(samples=SHOWN_SAMPLES, temperature=1.0, generator=random)
+    found = []
+    for number in range(SHOWN_TEXTS):
+        for task in tasks:
+            if number < len(task.items) and len(found) < SHOWN_TEXTS:
+                item = task.items[number]
+                text = item.prompt + item.continuations[item.gold]
+                ids = base.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+                label = f"{task.name} {number + 1}"
+                found.append(thought_trace(base.model, base.tokenizer, ids.to(context.device), settings, label=label))
+    return found
+
+
+def thoughts_writer(context: Context, found: ThoughtFindings, facts: Mapping[str, Any]) -> Writer:
+    """Writes tables, deciles and page into the stage's result."""
+    recipe = context.recipe
+
+    def write(folder: Path) -> None:
+        text = ""
+        if found.results is not None:
+            write_results(found.results, folder, f"{recipe.name}: thoughts", facts, NAME)
+            text = to_markdown(found.results, f"{recipe.name}: thoughts", facts)
+        if found.generated is not None:
+            write_results(found.generated, folder, f"{recipe.name}: thoughts, generated answers", facts, GENERATED)
+        if found.gains is not None:
+            groups = thought_deciles.deciles(found.gains, recipe.evaluate.bootstrap, recipe.seed)
+            totals = thought_deciles.totals(found.gains)
+            write_json(folder / DECILES, {"deciles": thought_deciles.to_json(groups), "all": totals})
+            write_atomic(folder / f"{NAME}.md", f"{text}\n{thought_deciles.to_markdown(groups)}")
+        if found.traces:
+            write_thoughts_report(folder / PAGE, f"{recipe.name}: thoughts", found.traces, facts=facts)
+
+    return write

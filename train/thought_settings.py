@@ -1,0 +1,180 @@
+"""From the recipe's `thoughts:` to what the room thoughts/ calls a config. Imports no torch: the recipe's checks ask it.
+
+Called by train/checks.py, train/plan.py, train/stages_thoughts.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import suggest
+from ..thoughts.config import CURRICULUM_SIZES, Curriculum, ThoughtConfig, curriculum, preset
+from .recipe import Recipe, ThoughtSettings
+
+BASE, ROUTED, ONE = "base", "routed", "expert:"
+ROUTERS = ("phatgoose", "arrow", "random", "uniform")
+OWN_FIELDS = (
+    "tokens", "lookahead", "samples", "temperature", "policy_temperature", "advantage", "base_weight", "mixed_weight",
+    "beta", "head", "initial_weight", "anchors", "every", "share", "limit",
+)  # fmt: skip
+OFF_AT_ZERO = ("ratio_cap", "clip", "baseline_decay")
+
+
+def thought_plan(settings: ThoughtSettings, banned: tuple[int, ...] = ()) -> Curriculum:
+    """The config of every step; one config, unless the preset is a curriculum. RecipeError as thoughts/config.py."""
+    changes: dict[str, Any] = {
+        name: getattr(settings, name) for name in OWN_FIELDS if getattr(settings, name) is not None
+    }
+    for name in OFF_AT_ZERO:
+        value = getattr(settings, name)
+        if value is not None:
+            changes[name] = value or None
+    control = "no_thoughts" if settings.control == "same_compute" else settings.control
+    changes |= {"rollout_cache": settings.rollout_cache, "control": control, "banned": banned}
+    if settings.preset != "curriculum":
+        return Curriculum((1.0,), (preset(settings.preset, **changes),))
+    sizes = tuple((int(pair[0]), int(pair[1])) for pair in settings.curriculum_sizes)
+    return curriculum(preset("default", **changes), sizes or CURRICULUM_SIZES)
+
+
+def final_config(plan: Curriculum) -> ThoughtConfig:
+    """The config a trained model thinks by: of a curriculum the last stage before distillation."""
+    return plan.stages[-1] if len(plan.stages) == 1 else plan.stages[-2]
+
+
+def training_steps(settings: ThoughtSettings, length: int) -> int:
+    """Optimizer steps; the control same_compute takes plain steps as many as cost what the thoughts would."""
+    if settings.control != "same_compute":
+        return settings.train.steps
+    plan = thought_plan(dataclasses.replace(settings, control="none"))
+    ratio = sum(compute_ratio(config, length) for config in plan.stages) / len(plan.stages)
+    return math.ceil(settings.train.steps * ratio)
+
+
+def compute_ratio(config: ThoughtConfig, length: int) -> float:
+    """Cost of a step with thoughts over that of plain training, in forward tokens (quiet-star.md section 4, "FLOPs"):
+    rollout S A (T + 1), gradient 3 (L + S A M), against 3 L."""
+    if not config.thinks:
+        return 1.0
+    share = {"every": 1.0, "every_n": 1.0 / config.every}.get(config.anchors, config.share)
+    anchors = math.ceil(length * share)
+    branches = config.samples * (anchors if config.limit is None else min(anchors, config.limit))
+    rollout = branches * (config.tokens + 1) if config.control in ("none", "no_policy") else 0
+    return (rollout + 3 * (length + branches * config.branch_length)) / (3 * length)
+
+
+def has_experts(recipe: Recipe) -> bool:
+    """Whether the run has experts to route between."""
+    return bool(recipe.data.collection or recipe.data.experts or recipe.experts.load)
+
+
+def has_thoughts(recipe: Recipe) -> bool:
+    """Whether the run trains thoughts, or has trained them before."""
+    return "thoughts" in recipe.stages or (Path(recipe.output) / "stages" / "thoughts" / "DONE.json").is_file()
+
+
+def thinks_over_experts(recipe: Recipe) -> bool:
+    return recipe.thoughts.over != BASE
+
+
+def thought_ranges(recipe: Recipe) -> list[tuple[str, float, float, float]]:
+    """(setting, value, lowest, highest) of the numbers that thoughts/config.py does not check."""
+    thoughts = recipe.thoughts
+    return [
+        ("thoughts.rank", thoughts.rank, 1, 1024),
+        ("thoughts.alpha", thoughts.alpha, 1e-6, 1e6),
+        ("thoughts.lr_meta", thoughts.lr_meta, 0.0, 10.0),
+        ("thoughts.lr_head", thoughts.lr_head, 0.0, 10.0),
+        ("thoughts.chunk", thoughts.chunk, 0, 1 << 20),
+        ("evaluate.thoughts.rows", recipe.evaluate.thoughts.rows, 1, 1 << 20),
+    ]
+
+
+def check_thoughts(
+    recipe: Recipe, context: int | None, experts: list[str], zero_stage: int | None
+) -> Iterator[tuple[str, str]]:
+    """(code, message) of what is wrong with the `thoughts` stage. `context`: the base's longest sequence."""
+    settings = recipe.thoughts
+    yield from _check_over(settings, experts)
+    if recipe.data.thoughts is None:
+        yield "CFG-011", "data.thoughts: is not set, and the stage 'thoughts' trains on it; name its source"
+    for pair in settings.curriculum_sizes:
+        if len(pair) != 2 or min(pair) < 1:
+            yield "CFG-113", f"thoughts.curriculum_sizes: {pair}; each is [tokens, lookahead], at least 1"
+            return
+    if settings.curriculum_sizes and settings.preset != "curriculum":
+        yield (
+            "CFG-113",
+            f"thoughts.curriculum_sizes: is set while thoughts.preset is {settings.preset}; set it to curriculum",
+        )
+    longest = recipe.data.sequence_length + max(config.branch_length for config in thought_plan(settings).stages)
+    if context is not None and longest > context:
+        yield (
+            "CFG-008",
+            f"data.sequence_length: {recipe.data.sequence_length} and a thought with its lookahead reach position {longest}, "
+            f"over the base's context {context}; lower data.sequence_length or thoughts.tokens",
+        )
+    if not settings.targets and settings.trainable == "lora":
+        yield "CFG-003", "thoughts.targets: is empty; name linears (for example q_proj) or all-linear"
+    if settings.train.activation_checkpointing:
+        yield (
+            "CFG-008",
+            "thoughts.train.activation_checkpointing: has no effect here; thoughts.chunk bounds the memory of the gradient pass",
+        )
+    if settings.over == ROUTED and recipe.router.name not in ROUTERS:
+        yield (
+            "CFG-110",
+            f"thoughts.over: routed with router.name {recipe.router.name}; thoughts need a router that an export can hold: "
+            f"{', '.join(ROUTERS)}",
+        )
+    if settings.trainable == "embeddings" and settings.control in ("no_thoughts", "same_compute"):
+        yield (
+            "CFG-111",
+            f"thoughts.trainable: embeddings trains nothing under control {settings.control}; set it to lora",
+        )
+    if settings.trainable == "full":
+        yield from _check_full(recipe, zero_stage)
+
+
+def _check_over(settings: ThoughtSettings, experts: list[str]) -> Iterator[tuple[str, str]]:
+    over = settings.over
+    if over == BASE:
+        return
+    if over != ROUTED and not over.startswith(ONE):
+        allowed = (BASE, ROUTED, *(f"{ONE}{name}" for name in experts))
+        yield "CFG-110", f"thoughts.over: '{over}'; allowed are {BASE}, {ROUTED}, {ONE}NAME.{suggest(over, allowed)}"
+    elif not experts:
+        yield (
+            "CFG-110",
+            f"thoughts.over: {over}, but the recipe has no experts; set data.experts, or thoughts.over: base",
+        )
+    elif over.startswith(ONE) and over.removeprefix(ONE) not in experts:
+        name = over.removeprefix(ONE)
+        yield (
+            "CFG-110",
+            f"thoughts.over: there is no expert '{name}'; there are {', '.join(experts)}.{suggest(name, experts)}",
+        )
+
+
+def _check_full(recipe: Recipe, zero_stage: int | None) -> Iterator[tuple[str, str]]:
+    if recipe.thoughts.over != BASE or has_experts(recipe):
+        yield (
+            "CFG-111",
+            "thoughts.trainable: full changes the base, which experts are made for; set thoughts.over: base in a recipe "
+            "without experts, or thoughts.trainable: lora",
+        )
+    if recipe.base.dtype != "float32":
+        yield (
+            "CFG-111",
+            f"thoughts.trainable: full trains fp32 weights; base.dtype is {recipe.base.dtype}, set it to float32",
+        )
+    if zero_stage == 3:
+        yield (
+            "CFG-111",
+            "thoughts.trainable: full needs whole weights while thoughts are sampled and differentiated, which ZeRO-3 takes "
+            "apart; choose a strategy of ZeRO 0 to 2 (thoughts.train.strategy: zero2), or thoughts.trainable: lora",
+        )
