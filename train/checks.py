@@ -287,15 +287,8 @@ def _thoughts(recipe: Recipe) -> Iterator[Problem]:
         return
     if recipe.data.thoughts is not None:
         _check_source(recipe.data.thoughts, "thoughts")
-    from .strategy import load_strategy
-
-    try:
-        strategy = load_strategy(recipe.thoughts.train.strategy or recipe.strategy)
-        zero_stage = int(strategy["zero_optimization"]["stage"])
-    except RecipeError:  # `_strategies` tells of it
-        zero_stage = None
     context, _ = _context(recipe.base)
-    yield from check_thoughts(recipe, context, expert_names(recipe), zero_stage)
+    yield from check_thoughts(recipe, context, expert_names(recipe))
 
 
 def _router(recipe: Recipe) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import suggest
+from ..base.errors import RecipeError, suggest
 from ..thoughts.config import CURRICULUM_SIZES, Curriculum, ThoughtConfig, curriculum, preset
 from .recipe import Recipe, ThoughtSettings
 
@@ -94,9 +94,7 @@ def thought_ranges(recipe: Recipe) -> list[tuple[str, float, float, float]]:
     ]
 
 
-def check_thoughts(
-    recipe: Recipe, context: int | None, experts: list[str], zero_stage: int | None
-) -> Iterator[tuple[str, str]]:
+def check_thoughts(recipe: Recipe, context: int | None, experts: list[str]) -> Iterator[tuple[str, str]]:
     """(code, message) of what is wrong with the `thoughts` stage. `context`: the base's longest sequence."""
     settings = recipe.thoughts
     yield from _check_over(settings, experts)
@@ -137,7 +135,7 @@ def check_thoughts(
             f"thoughts.trainable: embeddings trains nothing under control {settings.control}; set it to lora",
         )
     if settings.trainable == "full":
-        yield from _check_full(recipe, zero_stage)
+        yield from _check_full(recipe)
 
 
 def _check_over(settings: ThoughtSettings, experts: list[str]) -> Iterator[tuple[str, str]]:
@@ -160,7 +158,7 @@ def _check_over(settings: ThoughtSettings, experts: list[str]) -> Iterator[tuple
         )
 
 
-def _check_full(recipe: Recipe, zero_stage: int | None) -> Iterator[tuple[str, str]]:
+def _check_full(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.thoughts.over != BASE or has_experts(recipe):
         yield (
             "CFG-111",
@@ -172,9 +170,20 @@ def _check_full(recipe: Recipe, zero_stage: int | None) -> Iterator[tuple[str, s
             "CFG-111",
             f"thoughts.trainable: full trains fp32 weights; base.dtype is {recipe.base.dtype}, set it to float32",
         )
-    if zero_stage == 3:
+    if _zero_stage(recipe) == 3:
         yield (
             "CFG-111",
             "thoughts.trainable: full needs whole weights while thoughts are sampled and differentiated, which ZeRO-3 takes "
             "apart; choose a strategy of ZeRO 0 to 2 (thoughts.train.strategy: zero2), or thoughts.trainable: lora",
         )
+
+
+def _zero_stage(recipe: Recipe) -> int | None:
+    """The ZeRO stage of the `thoughts` stage's strategy; None for a bad strategy, which train/checks.py reports."""
+    from .strategy import load_strategy
+
+    try:
+        strategy = load_strategy(recipe.thoughts.train.strategy or recipe.strategy)
+    except RecipeError:
+        return None
+    return int(strategy["zero_optimization"]["stage"])

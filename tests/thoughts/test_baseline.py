@@ -117,7 +117,7 @@ def test_bound_tensors_reach_rollout_and_gradient_pass_alike() -> None:
 
 def test_the_gradient_of_what_is_bound_is_that_of_finite_differences() -> None:
     """Through base and mixed loss, prefix and branches; random thoughts, so that all differences see the same ones."""
-    config = preset("default", tokens=2, lookahead=2, samples=2, control="random_thoughts")
+    config = preset("default", tokens=2, lookahead=2, samples=2, control="random_thoughts", initial_weight=0.5)
     policy = OffsetPolicy(config)
     policy.model.double()
     policy.parameters.double()
@@ -131,9 +131,9 @@ def test_the_gradient_of_what_is_bound_is_that_of_finite_differences() -> None:
     got = torch.autograd.grad(total(), policy.offset)[0]
     for index in (0, 3, 17):
         ends = []
-        for move in (2e-3, -2e-3):  # the norms of the model compute in fp32
+        for move in (1e-2, -1e-2):  # well above the noise of the norms, which compute in fp32
             with torch.no_grad():
                 policy.offset[index] += move
                 ends.append(total().item())
                 policy.offset[index] -= move
-        assert float(got[index]) == pytest.approx((ends[0] - ends[1]) / 4e-3, rel=2e-3, abs=1e-3)
+        assert float(got[index]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-3, abs=1e-3)

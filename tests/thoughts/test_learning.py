@@ -51,7 +51,7 @@ def questions(step: int) -> TestRows:
 
 def train(control: Control, steps: int = 40) -> tuple[list[float], list[float]]:
     """(share of thoughts that are the worked step, reward) of every step. START begins near STEP, with noise."""
-    config = preset("default", tokens=1, lookahead=1, samples=4, limit=1, control=control)
+    config = preset("default", tokens=1, lookahead=1, samples=4, limit=1, control=control, initial_weight=0.5)
     model = worked_model()
     table = model.get_input_embeddings().weight
     noise = torch.randn(32, generator=torch.Generator().manual_seed(5)) * 0.1

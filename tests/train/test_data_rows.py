@@ -118,12 +118,12 @@ def test_hugging_face_dataset_by_name(monkeypatch):
 
 
 def test_embedded_skills_by_name(monkeypatch):
-    import sys
-    from types import ModuleType
+    from quietgoose.train import skills
 
-    skills = ModuleType("quietgoose.train.skills")
-    skills.rows = lambda name, split, seed, count: [{"prompt": f"{name} {split} {seed}", "completion": " ok"}]
-    monkeypatch.setitem(sys.modules, "quietgoose.train.skills", skills)
+    def rows(name, split, seed, count):
+        return [{"prompt": f"{name} {split} {seed}", "completion": " ok"}]
+
+    monkeypatch.setattr(skills, "rows", rows)
     source = open_source(SourceSettings(path="skills:reverse", split="test"), "e", 7)
     [row] = read_rows(source, None, BadRows("error", RowReport()))
     assert row.prompt == "reverse test 7"

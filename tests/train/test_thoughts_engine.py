@@ -60,9 +60,13 @@ def plain(tools: dict, given: dict) -> tuple[list[dict[str, float]], dict[str, f
 
 
 def close(result, losses: list[dict[str, float]], trained: dict[str, float], what: str) -> None:
+    # a number next to a rounding boundary of the int8 rollout takes the other code when sums are taken in another order; the
+    # weights pi / pi_old of the policy term see it
+    policy_abs = 1e-5 if what == "int8" else 1e-6
     for step, wanted in enumerate(losses):
         for term, value in wanted.items():
-            assert result.extra[step][term] == pytest.approx(value, rel=2e-5, abs=1e-6), (what, step, term)
+            limit = policy_abs if term == "policy" else 1e-6
+            assert result.extra[step][term] == pytest.approx(value, rel=2e-5, abs=limit), (what, step, term)
     assert set(result.trained) == set(trained), what
     for name, value in trained.items():
         assert result.trained[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (what, name)
@@ -91,7 +95,8 @@ def test_what_may_be_trained_and_the_controls(ranks, tools, sharded) -> None:
         "no-thoughts": {"thoughts": {"control": "no_thoughts"}},
         "no-policy": {"thoughts": {"control": "no_policy"}},
         "curriculum": {"thoughts": {"preset": "curriculum", "curriculum_sizes": [[3, 2], [2, 1]], "tokens": None}},
-        "entropy": {"thoughts": {"anchors": "entropy", "share": 0.3, "rollout_cache": "int8"}},
+        "entropy": {"thoughts": {"anchors": "entropy", "share": 0.3}},
+        "int8": {"thoughts": {"anchors": "entropy", "share": 0.3, "rollout_cache": "int8"}},
         "rlp": {
             "over": "routed",
             "thoughts": {"preset": "rlp", "head": None, "lookahead": None, "baseline_decay": 0.5},
