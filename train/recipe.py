@@ -155,6 +155,7 @@ class ThoughtSettings:
     base_weight: float | None = None
     mixed_weight: float | None = None
     beta: float | None = None
+    entropy_bonus: float | None = None
     head: Literal["paper", "bounded", "thought"] | None = None
     initial_weight: float | None = None
     anchors: Literal["every", "every_n", "random", "entropy"] | None = None

@@ -19,7 +19,7 @@ BASE, ROUTED, ONE = "base", "routed", "expert:"
 ROUTERS = ("phatgoose", "arrow", "random", "uniform")
 OWN_FIELDS = (
     "tokens", "lookahead", "samples", "temperature", "policy_temperature", "advantage", "base_weight", "mixed_weight",
-    "beta", "head", "initial_weight", "anchors", "every", "share", "limit",
+    "beta", "entropy_bonus", "head", "initial_weight", "anchors", "every", "share", "limit",
 )  # fmt: skip
 OFF_AT_ZERO = ("ratio_cap", "clip", "baseline_decay")
 
