@@ -161,3 +161,39 @@ def test_each_group_has_its_own_learning_rate(tools) -> None:
     assert rates == pytest.approx({"adapter": 1e-2, "meta": 3e-2, "head": 1e-3})
     plain_tuning, _, _ = tools["build"]({"thoughts": {"control": "no_thoughts"}})
     assert [group["name"] for group in plain_tuning.parameter_groups()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("over", "dtype", "tolerance"),
+    [("base", "float64", 1e-2), ("expert:bee", "float64", 1e-2), ("routed", "float32", 5e-2)],
+)
+def test_gradients_by_finite_differences(tools, over: str, dtype: str, tolerance: float) -> None:
+    """With random thoughts, which do not depend on what is differentiated: LoRA on top, START and END, head."""
+    given = {"over": over, "dtype": dtype, "thoughts": {"control": "random_thoughts", "chunk": 5}}
+    job, data, _ = tools["build"](given)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # away from zero, where B gives no gradient to A and the head's last layer none to the others
+        for parameter in (p for p in job.parameters() if p.requires_grad):
+            parameter.add_(torch.randn(parameter.shape, generator=random) * 0.05)
+    micro = data.step(0).micro[0]
+    weights = torch.tensor([0.7, 1.3, 0.0, 0.0])
+    step = 1e-3  # the model's norms run in fp32: smaller steps drown in rounding
+
+    def total() -> torch.Tensor:
+        job.begin_step(0, weights)
+        return job(micro).total
+
+    total().backward()
+    for name, parameter in job.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        direction = torch.randn(parameter.shape, generator=random)
+        direction /= direction.norm()
+        slope = float((parameter.grad * direction).sum())
+        values = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                parameter.add_(direction, alpha=sign * step)
+                values.append(float(total()))
+                parameter.sub_(direction, alpha=sign * step)
+        assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-2, abs=tolerance), name

@@ -66,3 +66,33 @@ def test_a_control_is_a_run_like_any_other(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     table = read_json(tmp_path / "run" / "stages" / "evaluate" / "result" / "thoughts.json")
     assert set(table["arms"]) == {"base", "no_thought", "temperature"}
+
+
+def test_the_dry_run_knows_what_a_step_thinks() -> None:
+    from quietgoose.routing.sites import AdapterLayout, all_sites
+    from quietgoose.train.nano import build_nano
+    from quietgoose.train.plan import make_plan
+    from quietgoose.train.recipe import NanoSettings
+    from quietgoose.train.settings import load_recipe
+
+    options = ["--config", str(ROOT / "launch/recipes/thoughts_permutations.yaml"), *TINY]
+    width = 32
+    model, _ = build_nano(NanoSettings(layers=2, width=width, heads=2, kv_heads=1, mlp_width=48, context=128), 0)
+    lora = AdapterLayout.uniform(all_sites(model), 16).numel
+    head = 3 * width * width + 3 * width
+
+    def stage(*more: str):
+        return next(s for s in make_plan(load_recipe([*options, *more]), world=2).stages if s.name == "thoughts")
+
+    found = stage()
+    assert found.trainable == lora + 2 * width + head
+    assert found.frozen == sum(p.numel() for p in model.parameters())
+    assert found.thoughts is not None
+    assert (found.thoughts.thoughts, found.thoughts.tokens) == (2 * 40 * 4, 2 * 40 * 4 * 2)
+    assert found.thoughts.stored == 40 * 4 * 2 * (2 * 2 * 1 * 16 * 4), "one row a process: entries of K and V, fp32"
+    assert stage("--thoughts.limit=5").thoughts.thoughts == 2 * 5 * 4
+    assert stage("--thoughts.trainable=embeddings").trainable == 2 * width + head
+    assert stage("--thoughts.trainable=full").frozen == 0
+    control = stage("--thoughts.control=no_thoughts")
+    assert (control.trainable, control.thoughts) == (lora, None)
+    assert stage("--thoughts.control=same_compute").steps == -(-3 * (4 * 3 + 3 * (1 + 4 * 4)) // 3)
