@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..base.errors import QuietGooseError
+from ..base.randomness import hashed
 from ..kernels.linear_loss import IGNORED
 from .config import ThoughtConfig
 from .prefix import document_starts
-from .randomness import hashed
 from .types import Anchors, Rows
 
 SHARE_PARTS = 10**6

@@ -3,7 +3,7 @@
 A step is the model's ordinary forward over [B, A * S] tokens; keys and values of the thoughts live in static buffers
 and the step's number is a tensor on the device, so on a GPU one step is captured in a CUDA graph and replayed. The
 same code runs uncaptured elsewhere. What is drawn depends on the generator's next number, the anchor's key, the sample
-and the step, not on the layout (randomness.py).
+and the step, not on the layout (base/randomness.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..base.errors import QuietGooseError, RecipeError
+from ..base.randomness import draw_seed, uniform
 from ..kernels.linear_loss import num_pieces, scores
 from .attention import BranchState, switch
 from .branch import first_position, language_head, run_branches
 from .config import ThoughtConfig
 from .policy import Policy, PolicyTensors
-from .randomness import draw_seed, uniform
 from .storage import ThoughtStore
 from .types import PAUSE, Anchors, Prefix, Rows, Thoughts
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.randomness import draw_seed, uniform
 from ..kernels.linear_loss import scores
 from .anchors import anchor_key
 from .branch import END, START, embed, language_head
@@ -24,7 +25,6 @@ from .cached_text import CachedText
 from .config import ThoughtConfig
 from .gate import Gate
 from .parameters import ThoughtTensors, mix
-from .randomness import draw_seed, uniform
 from .rollout import banned_tokens, draw, random_tokens
 from .types import PAUSE
 
@@ -150,7 +150,7 @@ class Thinker:
 
     def _random(self, position_X: Tensor) -> Tensor:
         """Uniform numbers [X, T] by row, position in the text, sample and step: those of a rollout whose rows are numbered
-        0, 1, ... (randomness.py), whatever the padding."""
+        0, 1, ... (base/randomness.py), whatever the padding."""
         if self.seed is None:
             self.seed = draw_seed(self.generator, position_X.device)
         number_X = torch.arange(position_X.shape[0], device=position_X.device)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from quietgoose.base.errors import QuietGooseError, RecipeError
+from quietgoose.base.randomness import uniform
 from quietgoose.thoughts import stats
 from quietgoose.thoughts.anchors import choose_anchors, term_counts
 from quietgoose.thoughts.gradient import Stream, thought_loss
 from quietgoose.thoughts.policy import ModelPolicy, PolicyTensors
 from quietgoose.thoughts.prefix import run_prefix
-from quietgoose.thoughts.randomness import uniform
 from quietgoose.thoughts.rollout import (
     KEPT_GRAPHS,
     KEPT_ROLLOUTS,

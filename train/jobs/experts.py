@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...base.randomness import uniform
 from ...base.seeding import derive
 from ...routing.sites import find_sites
 from ...routing.training import TrainableExperts
-from ...thoughts.randomness import uniform
 from ..data.attention import model_inputs
 from ..recipe import ExpertSettings
 from ..types import Batch, LossTerms

@@ -1,7 +1,8 @@
 """Random numbers by counting: a uniform number is a hash of (seed, names), whatever the layout of the batch.
 
-So a thought's tokens do not depend on which rows share a batch, on chunks, or on the number of ranks; nothing needs to
-be saved to resume; and a captured CUDA graph draws afresh because its step counter is an input.
+So what a row draws does not depend on which rows share a batch, on chunks, or on the number of ranks; nothing needs to
+be saved to resume; and a captured CUDA graph draws afresh because its step counter is an input. Callers: thoughts/
+(tokens of thoughts, anchors), train/jobs/experts.py (misrouting). base/seeding.py has the seeds and torch generators.
 The hash is a 32-bit integer mixer (two multiplications, xor-shifts), applied after each name.
 """
 
