@@ -24,6 +24,7 @@ from ..kernels.cached_attention import merge
 from .hf_attention import HANDLE, NAME, HandledLength, columns_seen, stock_attention, stock_name
 from .hf_causal import causal_attention
 from .policy import Policy
+from .scoring import SharedProbes
 from .state import LayerState
 
 PIECES = 4  # queries up to this many times max_query still go through the tail, in pieces
@@ -64,9 +65,11 @@ class ZipLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, policy: Policy, layer_index: int, shared: SharedConfig, capacity: int | None = None, offload: bool = False
-    ) -> None:
+        self, policy: Policy, layer_index: int, shared: SharedConfig, capacity: int | None = None, offload: bool = False,
+        probes: SharedProbes | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.probes = probes  # one for all layers of a cache
         self.policy = policy
         self.layer_index = layer_index
         self.shared = shared
@@ -222,7 +225,7 @@ class ZipLayer(CacheLayerMixin):
         new, new_lse = causal_attention(query, key, value, valid, scaling=scaling)
         old, old_lse = state.attend_history(query, scaling=scaling)
         out, _ = merge(old, old_lse, new, new_lse)
-        state.prefill(query, key, value, valid, scaling=scaling)
+        state.prefill(query, key, value, valid, scaling=scaling, probes=self.probes)
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
     def _dense(
@@ -282,7 +285,7 @@ class ZipLayer(CacheLayerMixin):
         if query.shape[2] <= self.policy.max_query:
             state.append(key, value, valid)
         else:
-            state.prefill(query, key, value, valid, scaling=scaling)
+            state.prefill(query, key, value, valid, scaling=scaling, probes=self.probes)
 
     def _validity(self, mask: Tensor | None, key: Tensor) -> Tensor | None:
         """bool [B,n]: which of the new tokens are not padding; None: all."""
@@ -345,9 +348,9 @@ class ZipLayer(CacheLayerMixin):
         if self.state is not None:
             self.state.to(self.device)
 
-    def fork(self, times: int) -> ZipLayer:
-        """A layer with `times` rows for each of ours, sharing what is packed."""
-        made = ZipLayer(self.policy, self.layer_index, self.shared, self.capacity, self.offloads)
+    def fork(self, times: int, probes: SharedProbes) -> ZipLayer:
+        """A layer of another cache with `times` rows for each of ours, sharing what is packed."""
+        made = ZipLayer(self.policy, self.layer_index, self.shared, self.capacity, self.offloads, probes)
         made.blind, made.hidden = self.blind, self.hidden
         if self.state is not None:
             made.adopt(self.state.fork(times), self.dtype, self.device)

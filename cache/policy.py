@@ -11,10 +11,11 @@ Callers: cache/state.py, cache/hf.py, recipes. A misspelt or impossible setting 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..base.errors import RecipeError, suggest
+from ..base.settings import known_settings
 from ..kernels.cached_attention.layout import MAX_QUERY
 from ..kernels.quantize.layout import BITS
 from ..kernels.saliency.probes import SaliencyMode
@@ -112,14 +113,7 @@ class Policy:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Policy:
         """A policy from settings by name, the others at their defaults; a name that does not exist is refused."""
-        names = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in names:
-                raise RecipeError(
-                    f"cache policy has no setting '{name}'; there are {', '.join(names)}.{suggest(str(name), names)}",
-                    code="CFG-050",
-                )
-        return cls(**settings)
+        return known_settings(cls, settings, "cache policy", code="CFG-050")
 
 
 def resolve_policy(policy: Policy | str | Mapping[str, Any] | None) -> Policy:

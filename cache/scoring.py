@@ -10,6 +10,7 @@ differs from EQ8 in prompts only. RECENT and RANDOM look at positions, never at 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -32,19 +33,44 @@ class Chunk:
     old: int  # leading columns that were in the window before
 
 
+class SharedProbes:
+    """The probe rows of one forward: chosen by the first layer that asks, handed down to those behind it.
+
+    They depend on what all layers of a cache have in common: which new tokens are valid, how many came before, the rows' ids,
+    the policy. A layer that is not behind the last one begins another forward.
+    """
+
+    def __init__(self) -> None:
+        self._layer = -1
+        self._for: Hashable = None
+        self._probes: Tensor | None = None
+
+    def of(self, layer: int, what: Hashable, choose: Callable[[], Tensor]) -> Tensor:
+        """The forward's probes, int64 [B,P]; `what` tells apart that which may differ between layers (device, policy)."""
+        if self._probes is None or layer <= self._layer or what != self._for:
+            self._for, self._probes = what, choose()
+        self._layer = layer
+        return self._probes
+
+
 def chunk_evidence(
-    policy: Policy, chunk: Chunk, query: Tensor, *, scaling: float, sequence_id: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    policy: Policy, chunk: Chunk, query: Tensor, *, scaling: float, sequence_id: Tensor, layer: int = 0,
+    shared: SharedProbes | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(scores fp32 [B,Hk,m], evidence total fp32 [B,Hk,m], count fp32 [B,m]) from probe rows of query [B,H,n,D].
 
     The softmax of a probe row runs over the chunk and the window before it, not over packed history.
     """
     fresh = chunk.valid[:, chunk.old :]
-    before = chunk.rank[:, chunk.old] - fresh[:, 0].long() + 1  # valid columns of the row ahead of these queries
-    probes = choose_probes(
-        fresh, recent_fraction=policy.probe_recent, random_fraction=policy.probe_random, cap=policy.probe_cap,
-        seed=policy.seed, sequence_id=sequence_id + before * _CHUNK_STRIDE, mode=policy.saliency,
-    )  # fmt: skip
+
+    def choose() -> Tensor:
+        before = chunk.rank[:, chunk.old] - fresh[:, 0].long() + 1  # valid columns of the row ahead of these queries
+        return choose_probes(
+            fresh, recent_fraction=policy.probe_recent, random_fraction=policy.probe_random, cap=policy.probe_cap,
+            seed=policy.seed, sequence_id=sequence_id + before * _CHUNK_STRIDE, mode=policy.saliency,
+        )  # fmt: skip
+
+    probes = choose() if shared is None else shared.of(layer, (policy, fresh.shape, fresh.device), choose)
     index = probes.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     rows = query.gather(2, index)
     probes = torch.where(probes >= 0, probes + chunk.old, -1)

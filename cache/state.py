@@ -33,7 +33,7 @@ from .guards import stateful
 from .history import History
 from .memory import Bytes, state_bytes
 from .policy import Policy
-from .scoring import Chunk
+from .scoring import Chunk, SharedProbes
 from .store import Shape
 from .tail import TailWindow
 
@@ -121,12 +121,14 @@ class LayerState:
 
     @stateful
     def prefill(
-        self, query: Tensor | None, key: Tensor, value: Tensor, valid: Tensor | None, *, scaling: float
-    ) -> None:
+        self, query: Tensor | None, key: Tensor, value: Tensor, valid: Tensor | None, *, scaling: float,
+        probes: SharedProbes | None = None,
+    ) -> None:  # fmt: skip
         """Store n columns at once and pack all but the last `recent_tokens` columns.
 
         query [B,H,n,D] after RoPE, or None: the salient tokens are then evenly spaced, with one warning
         key, value [B,Hk,n,D]; valid bool [B,n] (None: no padding)
+        probes: the same object for all layers of a forward, so that only the first one chooses probe rows
         The attention output of these tokens is not computed here.
         """
         self._may_change("prefill")
@@ -143,7 +145,7 @@ class LayerState:
             value = torch.cat([window.tail.value[:, :, window.window], value], dim=2)
             valid = torch.cat([window.tail.valid[:, window.window].bool(), valid], dim=1)
         chunk = Chunk(key, valid, self._rank(valid), old)
-        scores, evidence = self._score_chunk(chunk, query, scaling)
+        scores, evidence = self._score_chunk(chunk, query, scaling, probes)
         leaving = key.shape[2] - min(self.policy.recent_tokens, key.shape[2])
         rounding = None
         if self.policy.rounds_with_queries and leaving:
@@ -364,7 +366,7 @@ class LayerState:
         return self.history.valid_count().unsqueeze(1) + valid.long().cumsum(1) - 1
 
     def _score_chunk(
-        self, chunk: Chunk, query: Tensor | None, scaling: float
+        self, chunk: Chunk, query: Tensor | None, scaling: float, probes: SharedProbes | None
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """Scores of all columns (None: nothing is known) and the evidence that those which stay keep."""
         if not self.policy.splits:
@@ -375,8 +377,8 @@ class LayerState:
             guards.warn_without_queries()
             return None, None
         scores, total, count = scoring.chunk_evidence(
-            self.policy, chunk, query, scaling=scaling, sequence_id=self.sequence_id
-        )
+            self.policy, chunk, query, scaling=scaling, sequence_id=self.sequence_id, layer=self.layer_index, shared=probes
+        )  # fmt: skip
         if chunk.old:
             old_total, old_count = self.window.evidence()
             total[:, :, : chunk.old] += old_total

@@ -63,6 +63,7 @@ def thought_trace(
             f"a text of shape {tuple(input_ids.shape)} cannot be scored; one row of at least 2 tokens", code="DATA-033"
         )
     state: ThoughtState = model.thought_state
+    state.check()
     config = replace(settings.applied_to(state.config), anchors="every", limit=None)
     policy, rows = ModelPolicy(model, state.parameters), TextRows(input_ids)
     tensors = PolicyTensors(state.tensors(input_ids.device))

@@ -54,13 +54,15 @@ def thinking_of(
 
 
 def check_thinks(model: Any, path: str) -> None:
-    """RecipeError CFG-096 for a model that has not learned to think."""
-    if getattr(model, "thought_state", None) is None:
+    """RecipeError CFG-096 for a model that has no thoughts, CFG-097 for one that was trained as a control without them."""
+    state = getattr(model, "thought_state", None)
+    if state is None:
         raise RecipeError(
             f"--model {path} carries no thought parameters, so it cannot think: export a run with a `thoughts` stage, or "
             "leave out the options about thoughts",
             code="CFG-096",
         )
+    state.check()
 
 
 def told(tokenizer: Any, new_BN: Any, thoughts: GeneratedThoughts) -> list[list[dict[str, Any]]]:

@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..base.errors import QuietGooseError, RecipeError
 from ..cache.hf_attention import stock_attention
 from ..kernels.thought_attention import thought_attention
+from .config import length_dependent
 from .storage import ThoughtStore
 from .types import Anchors, Prefix
 
@@ -124,11 +125,25 @@ def thought_inputs(state: PrefixState | BranchState, device: torch.device) -> di
 def switch(model: nn.Module) -> None:
     """Let `model` run `quietgoose_thoughts`; calls without a thought state stay as they were. Idempotent.
 
-    RecipeError CFG-103 for a model whose attention branches cannot follow (no config, encoder-decoder).
+    RecipeError CFG-103 for a model whose attention branches cannot follow (no config, encoder-decoder), CFG-105 as
+    check_rotary.
     """
     config = _text_config(model)
     if config._attn_implementation != NAME:
+        check_rotary(model)
         config._attn_implementation = SwitchedName(stock=config._attn_implementation or "sdpa")
+
+
+def check_rotary(model: nn.Module) -> None:
+    """RecipeError CFG-105 for rotary positions whose frequencies depend on how long the sequence is: the keys of a prefix would
+    have others than the branches behind it."""
+    kind = length_dependent(vars(_text_config(model)))
+    if kind:
+        raise RecipeError(
+            f"{type(model).__name__} has rotary positions of type '{kind}', whose frequencies change with the length of the "
+            "sequence: thoughts need a base with fixed ones (default, linear, llama3, yarn)",
+            code="CFG-105",
+        )
 
 
 def restore(model: nn.Module) -> None:

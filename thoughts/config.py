@@ -8,6 +8,7 @@ quiet-star.md 1.3 holds the sources of each preset's numbers. Read by train/ and
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -154,6 +155,11 @@ class ThoughtConfig:
         return self.has_policy or self.control == "no_policy"
 
     @property
+    def trains_thoughts(self) -> bool:
+        """Whether a term of the loss has a gradient for START, END and the mixing head."""
+        return self.thinks and (self.mixed_weight != 0 or self.has_policy)
+
+    @property
     def branch_length(self) -> int:
         """M of the gradient pass: START, T tokens, END and J - 1 true tokens."""
         return self.tokens + 2 + self.lookahead - 1
@@ -194,6 +200,23 @@ def preset(name: str, **changes: Any) -> ThoughtConfig:
             code="CFG-102",
         )
     return replace(PRESETS[name], **changes)
+
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+def length_dependent(config: Mapping[str, Any]) -> str:
+    """The kind of a model's rotary positions if their frequencies depend on how long the sequence is, else an empty string:
+    the keys of a prefix would have others than the branches behind it. `config`: a model's, as a mapping."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parts = rope.values() if isinstance(rope, Mapping) else ()
+    for one in (rope, *parts):  # some models have one for each kind of layer
+        if not isinstance(one, Mapping):
+            continue
+        kind = str(one.get("rope_type") or one.get("type") or "")
+        if any(name in kind for name in LENGTH_DEPENDENT):
+            return kind
+    return ""
 
 
 @dataclass(frozen=True)

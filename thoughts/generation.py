@@ -12,7 +12,7 @@ costs T + 1 forwards and leaves no entry in the cache. START and END are no voca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
-from ..base.errors import RecipeError, suggest
-from .attention import restore
+from ..base.errors import RecipeError
+from ..base.settings import known_settings
+from .attention import check_rotary, restore
 from .branch import language_head
 from .cached_text import CachedText
 from .config import ThoughtConfig
@@ -44,6 +45,15 @@ class ThoughtState:
         """The parameters' values there, wherever the model has gone since `attach_thoughts`."""
         found = self.parameters.tensors()
         return found.with_flat([tensor.to(device) for tensor in found.flat()])
+
+    def check(self) -> None:
+        """RecipeError CFG-097 if these parameters are as they were initialised: the run was a control without thoughts."""
+        if not self.config.thinks:
+            raise RecipeError(
+                "this model cannot think: its run was a control without thoughts (thoughts.control: no_thoughts or "
+                "same_compute), so START, END and the mixing head learned nothing; leave the thoughts out",
+                code="CFG-097",
+            )
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,8 @@ def attach_thoughts(model: Any, state: ThoughtState) -> Any:
 
 
 def check_model(model: Any) -> None:
-    """RecipeError CFG-093 (or that of language_head) unless logits are a linear head over the last hidden state."""
+    """RecipeError CFG-093 (or that of language_head) unless logits are a linear head over the last hidden state, CFG-105 for
+    positions that depend on the length of the sequence."""
     config = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False) or getattr(model, "base_model", model) is model:
         raise RecipeError(
@@ -134,6 +145,7 @@ def check_model(model: Any) -> None:
             code="CFG-093",
         )
     language_head(model)
+    check_rotary(model)
 
 
 def thought_settings(thoughts: ThoughtGeneration | Mapping[str, Any] | bool | None) -> ThoughtGeneration | None:
@@ -145,14 +157,7 @@ def thought_settings(thoughts: ThoughtGeneration | Mapping[str, Any] | bool | No
     if isinstance(thoughts, ThoughtGeneration):
         return thoughts
     if isinstance(thoughts, Mapping):
-        names = [field.name for field in fields(ThoughtGeneration)]
-        for name in thoughts:
-            if name not in names:
-                raise RecipeError(
-                    f"thoughts: no setting '{name}'; there are {', '.join(names)}.{suggest(str(name), names)}",
-                    code="CFG-092",
-                )
-        return ThoughtGeneration(**thoughts)
+        return known_settings(ThoughtGeneration, thoughts, "thoughts", code="CFG-092")
     raise RecipeError(
         f"thoughts is {thoughts!r}; allowed: True, a ThoughtGeneration, a mapping of its settings, or None",
         code="CFG-092",
@@ -168,8 +173,9 @@ def _generate(self: Any, *inputs: Any, thoughts: Any = None, **options: Any) -> 
     for name in ("assistant_model", "custom_generate", "synced_gpus"):
         if options.get(name):
             raise RecipeError(f"generate(thoughts=...) does not go with {name}; leave it out", code="CFG-094")
+    state: ThoughtState = self.thought_state
+    state.check()
     restore(self)  # a training pass or scoring may have left its attention there, which a ZipCache does not know
-    state = self.thought_state
     # transformers hands a decoding method neither the streamer nor what it was not asked for by name
     decode = partial(_decode, state=state, settings=settings, streamer=options.get("streamer"))
     return plain(self, *inputs, custom_generate=decode, **options)

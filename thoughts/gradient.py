@@ -71,13 +71,15 @@ def thought_loss(
     baseline_BL    fp32 [B, L], -log p of each label by another model (rlp: an EMA that does not think); rewards are
                    measured against it instead of against this model without a thought
     graphs         captured rollout steps, kept by the caller; None: uncaptured
-    measure_gap    also score the first chunk's thoughts at other anchors (own minus shuffled): two branch passes more
+    measure_gap    also score every anchor's first thought at another anchor (own minus shuffled): two branch passes more
 
     Without gradients outside (no_grad, inference_mode) only the numbers are made. Raises QuietGooseError THT-002 for a
-    model that drops out, THT-004 for one that checkpoints activations while `bind` replaces its adapters.
+    model that drops out, THT-004 for one that checkpoints activations while `bind` replaces its adapters, THT-006 for one in
+    fp16.
     """
     tensors = policy.tensors()
     _check_checkpointing(policy.model, tensors)
+    _check_dtype(policy.model)
     coefficients = config.coefficients()
     with policy.bind(tensors):
         prefix = run_prefix(policy.model, rows)
@@ -99,7 +101,7 @@ def thought_loss(
     value = _TakenAtOnce.apply(work, *tensors.flat(), *prefix.flat())
     if measure_gap:
         with torch.no_grad():
-            work.stats += gap_sums(policy, tensors, prefix, rows, thoughts.part(0, work.chunk), config)
+            work.stats += gap_sums(policy, tensors, prefix, rows, thoughts, config, chunk=work.chunk)
     sums_M = torch.cat([base.detach().view(1), work.sums])
     return ThoughtLoss(weights_M[0] * base + value, sums_M, work.stats, thoughts)
 
@@ -227,6 +229,16 @@ def _check_checkpointing(model: Any, tensors: PolicyTensors) -> None:
             "thoughts with adapters that are bound from outside cannot checkpoint activations: put the model in eval mode; "
             "`chunk` bounds the memory of the gradient pass",
             code="THT-004",
+        )
+
+
+def _check_dtype(model: Any) -> None:
+    """Gradients of keys and values are handed on in their dtype, unscaled: below 6e-8 fp16 would make them zero."""
+    if torch.is_grad_enabled() and model.dtype == torch.float16:
+        raise QuietGooseError(
+            f"{type(model).__name__} is in float16, whose small gradients vanish without loss scaling: train thoughts over a "
+            "bfloat16 or float32 model (base.dtype); sampling and generating in float16 are fine",
+            code="THT-006",
         )
 
 

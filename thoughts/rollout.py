@@ -223,7 +223,8 @@ class _Stepper:
         except RuntimeError as error:
             raise QuietGooseError(
                 f"a step of {type(self.policy.model).__name__} cannot be captured in a CUDA graph ({error}); its forward "
-                "probably waits for the device. Sample without captured steps (graphs=None)",
+                "probably waits for the device. Sample without captured steps: thoughts.capture: never in a recipe, graphs=None in "
+                "a call",
                 code="THT-005",
             ) from error
         return graph

@@ -10,6 +10,7 @@ from quietgoose.base.errors import QuietGooseError, RecipeError
 from quietgoose.cache.hf import ZipCache
 from quietgoose.thoughts.attention import NAME, PrefixState, restore, switch, thought_inputs
 from quietgoose.thoughts.branch import language_head
+from quietgoose.thoughts.generation import check_model
 from quietgoose.thoughts.prefix import run_prefix
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
@@ -120,3 +121,30 @@ def test_an_encoder_is_not_switched_into_something_wrong() -> None:
     shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
     with pytest.raises(RecipeError, match="CFG-103"):
         run_prefix(BertModel(BertConfig(**shape, vocab_size=23)).eval(), ROWS)
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+LENGTH_DEPENDENT = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "longrope": {**LONG, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("kind", list(LENGTH_DEPENDENT))
+def test_rotary_positions_that_depend_on_the_length_are_refused(kind: str) -> None:
+    """With them a key's rotation changes once the sequence grows, so a prefix and the branches behind it would not fit."""
+    model = llama(rope_parameters=LENGTH_DEPENDENT[kind])
+    with pytest.raises(RecipeError, match=f"QG-CFG-105 .*type '{kind}'.*thoughts need a base with fixed ones"):
+        run_prefix(model, ROWS)
+    model.config.rope_parameters = {"full_attention": LENGTH_DEPENDENT[kind], "other": {"rope_type": "default"}}
+    with pytest.raises(RecipeError, match="QG-CFG-105"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+def test_fixed_rotary_positions_are_taken(kind: str) -> None:
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16, **more}
+    model = llama(rope_parameters=rope)
+    check_model(model)
+    run_prefix(model, ROWS)

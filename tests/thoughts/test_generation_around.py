@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -278,3 +279,16 @@ def test_models_that_cannot_think_are_refused():
     capped.config.final_logit_softcapping = 30.0
     with pytest.raises(RecipeError, match="final_logit_softcapping"):
         attach_thoughts(capped, state)
+
+
+@pytest.mark.parametrize("control", ["no_thoughts", "pause"])
+def test_a_control_that_learned_no_thoughts_does_not_think(control: str):
+    model = thinking_model()
+    state = model.thought_state
+    attach_thoughts(model, ThoughtState(state.parameters, replace(state.config, control=control)))
+    if control == "pause":
+        assert model.generate(prompts(), thoughts=True, **GREEDY).shape == (2, 11)
+        return
+    with pytest.raises(RecipeError, match=r"QG-CFG-097 .*cannot think.*no_thoughts or same_compute"):
+        model.generate(prompts(), thoughts=True, **GREEDY)
+    assert model.generate(prompts(), **GREEDY).shape == (2, 11)
