@@ -252,7 +252,7 @@ def compile_decode(
     """The captured decode step of `model` with `cache` (a ZipCache or a StaticKV; None: ZipCache of `capacity`).
 
     fuse   "model" (one compiled graph), "layer" (one compiled layer, seconds instead of a minute), "none" or False
-           (the model's own launches, captured: for routed models and whatever the compiler refuses)
+           (the model's own launches, captured: for whatever the compiler refuses)
     join   multiply q, k, v and gate, up at once in the compiled step (weights become views of one storage)
     stream read weights by our kernel for up to 16 rows instead of the library's GEMM (16-bit weights on a GPU)
     tune   let the compiler measure GEMM variants: slower to start, faster matrix-vector products

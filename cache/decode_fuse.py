@@ -51,23 +51,23 @@ def fused_forward(model: nn.Module, fuse: Fuse, tune: bool) -> Callable[[Tensor,
     layers = decoder_layers(model)
     if not layers:
         raise RecipeError("compile_decode: fuse='layer' found no list of decoder layers in the model", code="CFG-045")
-    traced = torch.compile(_call_layer, fullgraph=True, **settings)
+    traced = torch.compile(call_layer, fullgraph=True, **settings)
 
     def by_layer(token: Tensor, position: Tensor) -> Tensor:
         with ExitStack() as stack:
             for layer in layers:
-                stack.enter_context(_replaced(layer, traced))
+                stack.enter_context(replaced(layer, traced))
             return forward(token, position)
 
     return by_layer
 
 
-def _call_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def call_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 
 
 @contextmanager
-def _replaced(layer: nn.Module, traced: Callable[..., Any]) -> Any:
+def replaced(layer: nn.Module, traced: Callable[..., Any]) -> Any:
     """Inside, calling `layer` runs the traced function on it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ All sums are fp32 (fp64 for fp64). Callers: routing/losses.py, thoughts/.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,9 @@ LOGITS_AT_ONCE = 2**27
 
 IGNORED = -100
 """The label of a token that is not predicted."""
+
+PLAIN: dict[str, Any] = {"temperature": 1.0, "banned": None, "entropy": False, "entropy_gradient": False}
+"""Settings of `token_nll` of a loss and nothing else."""
 
 HEAD_EXTRAS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of a model's config that do more to the logits than a linear head; None, 1 or absent where they do not."""
@@ -43,12 +47,14 @@ def token_nll(
     pieces: int | None = None,
     entropy: bool = True,
     entropy_gradient: bool = False,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(-log softmax(head(h) / temperature)[label], entropy of that softmax), fp32 [T] each; the entropy is detached
     unless `entropy_gradient`, and 0 where it is not asked for.
 
     labels_T  int64, all of them valid      banned  int64 token ids whose logit is -inf, as in sampling; None: none
-    recompute False needs a head without trainable parameters
+    recompute False needs a head without trainable parameters; `compiled` then makes loss and gradient in two readings of the
+    logits (no temperature, no banned tokens, no entropy)
     """
     settings = {
         "temperature": temperature, "banned": banned, "entropy": entropy, "entropy_gradient": entropy_gradient,
@@ -65,7 +71,8 @@ def token_nll(
             for hidden, labels in parts
         ]  # fmt: skip
     elif torch.is_grad_enabled() and hidden_TD.requires_grad:
-        results = [_Fused.apply(_nll_and_slope, head, hidden, labels, settings) for hidden, labels in parts]
+        slope = _compiled_slope if compiled and settings == PLAIN else _nll_and_slope
+        results = [_Fused.apply(slope, head, hidden, labels, settings) for hidden, labels in parts]
     else:
         with torch.no_grad():
             results = [_nll(head, hidden, labels, **settings) for hidden, labels in parts]
@@ -123,6 +130,28 @@ def _nll_and_slope(
     more = [(torch.special.entr(p_TV) - p_TV * entropy_T[:, None]) / temperature] if entropy_gradient else []
     p_TV.scatter_add_(1, labels_T[:, None], torch.full_like(nll_T, -1.0)[:, None])
     return nll_T, entropy_T, p_TV / temperature, *more
+
+
+def plain_slope(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+    """(nll in fp32, p - onehot in the logits' dtype): what `_nll_and_slope` computes where nothing else is asked for, written
+    so that a compiler needs no wide copy of the logits."""
+    wide_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    total_T1 = wide_TV.logsumexp(-1, keepdim=True)
+    nll_T = (total_T1 - wide_TV.gather(1, labels_T[:, None])).squeeze(1)
+    chosen_TV = torch.arange(wide_TV.shape[1], device=wide_TV.device) == labels_T[:, None]
+    p_TV = (wide_TV - total_T1).exp()
+    return nll_T, torch.where(chosen_TV, p_TV - 1, p_TV).to(logits_TV.dtype)
+
+
+@functools.cache
+def _compiler() -> Callable[..., tuple[Tensor, Tensor]]:
+    """One graph for any number of labels."""
+    return torch.compile(plain_slope, dynamic=True, fullgraph=True)
+
+
+def _compiled_slope(logits_TV: Tensor, labels_T: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    nll_T, slope_TV = _compiler()(logits_TV, labels_T)
+    return nll_T, torch.zeros_like(nll_T), slope_TV
 
 
 def _entropy(p_TV: Tensor) -> Tensor:

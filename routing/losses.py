@@ -1,7 +1,7 @@
 """Next-token losses without ever holding the logits of all tokens: SmolLM2 at 32k tokens would need 6.4 GB in fp32.
 
-The head runs only at positions that have a label, in pieces that are recomputed in the backward pass
-(kernels/linear_loss.py). The number of pieces depends on the shape of the batch alone.
+The head runs only at positions that have a label, in pieces whose gradient is made while the logits are there, or which
+are recomputed in the backward pass if the head is trained or sharded (kernels/linear_loss.py).
 """
 
 from __future__ import annotations
@@ -14,18 +14,40 @@ from torch.nn import functional
 from ..kernels.linear_loss import HEAD_EXTRAS, IGNORED, num_pieces, token_nll
 
 
-def token_losses(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor) -> Tensor:
+def token_losses(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor, index_L: Tensor | None = None) -> Tensor:
     """-log p(label) in fp32 [B, T] of a Hugging Face causal LM, 0 where the label is -100; labels are already shifted.
 
     `inputs` are the model's keyword arguments; its rows may be flattened to [1, B*T] (flash attention).
-    One host synchronisation: the number of labels.
+    `index_L` says where the labels are in the flattened rows; without it the device is waited for, to count them.
     """
-    hidden_TD, head = _hidden_and_head(model, inputs)
+    hidden_TD, head = hidden_and_head(model, inputs)
+    return head_losses(model, hidden_TD, head, labels_BT, index_L)
+
+
+def head_losses(
+    model: nn.Module,
+    hidden_TD: Tensor,
+    head: nn.Module,
+    labels_BT: Tensor,
+    index_L: Tensor | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """The same from hidden states. A frozen head makes the gradient of the hidden states in the forward pass, by compiled code
+    if asked for."""
     labels_T = labels_BT.flatten()
-    index_L = (labels_T != IGNORED).nonzero().squeeze(1)
-    pieces = num_pieces(labels_T.numel(), model.get_output_embeddings())  # type: ignore[operator,arg-type]
+    whole = model.get_output_embeddings()  # type: ignore[operator]
+    sharded = any(hasattr(p, "ds_id") for p in whole.parameters())  # ZeRO-3: all ranks call the head equally often
+    known = index_L is not None and not sharded
+    if index_L is None:
+        index_L = (labels_T != IGNORED).nonzero().squeeze(1)
     losses_L, _ = token_nll(
-        head, hidden_TD.index_select(0, index_L), labels_T.index_select(0, index_L), pieces=pieces, entropy=False
+        head,
+        hidden_TD.index_select(0, index_L),
+        labels_T.index_select(0, index_L),
+        pieces=num_pieces(index_L.numel() if known else labels_T.numel(), whole),
+        recompute=sharded or any(p.requires_grad for p in whole.parameters()),
+        entropy=False,
+        compiled=compiled,
     )
     return losses_L.new_zeros(labels_T.shape).index_copy(0, index_L, losses_L).view_as(labels_BT)
 
@@ -36,7 +58,7 @@ def expert_sums(losses_BT: Tensor, expert_B: Tensor, num_experts: int) -> Tensor
     return losses_BT.sum(dim=1) @ one_hot_BE
 
 
-def _hidden_and_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, nn.Module]:
+def hidden_and_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, nn.Module]:
     """Hidden states [T, D] and the head; for models that do more to logits than a linear, logits and the identity."""
     body = getattr(model, "base_model", model)
     plain = all(getattr(model.config, name, None) in (None, 1, 1.0) for name in HEAD_EXTRAS)  # type: ignore[union-attr]

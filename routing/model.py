@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import ArtifactError, QuietGooseError, RecipeError
+from ..kernels.dispatch import Implementation
 from .expert import check_gate
 from .library import ExpertLibrary
 from .routed_linear import RoutedBank, RoutedLinear, RoutingContext
@@ -26,6 +27,7 @@ from .routers import (
     random_vectors,
     router_kind,
 )
+from .shared import SharedBank, sharing_groups
 from .sites import Site
 
 SINGLE = "expert:"
@@ -71,6 +73,8 @@ def uninstall(model: nn.Module) -> None:
         if isinstance(module, RoutedLinear):
             parent, leaf = _parent(model, name)
             setattr(parent, leaf, module.base)
+            if isinstance(module.adapter, RoutedBank):
+                module.adapter.shared.release()
 
 
 def attach(
@@ -80,18 +84,23 @@ def attach(
     k: int = 2,
     vectors: SiteVectors | None = None,
     seed: int = 0,
+    implementation: Implementation = "auto",
 ) -> nn.Module:
     """Give `model` the experts of `library` and a router; returns the same model. Rebuilds banks only, so it also
-    serves to add, remove or restrict experts: `attach(model, state(model).library.remove("x"), ...)`."""
+    serves to add, remove or restrict experts: `attach(model, state(model).library.remove("x"), ...)`.
+
+    implementation  reference (plain PyTorch), triton (kernels/routed_lora, the fastest), auto: on a GPU, the fastest of
+                    those kernels that have agreed with fp64 on one at that number of tokens
+    """
     if not len(library):
         raise RecipeError("no experts to attach: the library is empty; use detach for the plain base", code="CFG-021")
     detach(model)
     context = RoutingContext()
     modules = install(model, library.sites)
     for site, module in modules.items():
-        adapters = [expert.adapters.get(site) for expert in library]
         _check_shapes(library, site, module)
-        module.adapter = RoutedBank(site, adapters, module.base.weight, context).train(module.training)
+    for group in _groups(modules):
+        _share(model, library, group, context, implementation)
     model.routing_state = RoutingState(library, modules, context)  # type: ignore[assignment]
     try:
         return set_router(model, router, k, vectors, seed)
@@ -162,6 +171,28 @@ def state(model: nn.Module) -> RoutingState:
     if not isinstance(found, RoutingState):
         raise QuietGooseError("this model has no routed experts; call attach(model, library) first", code="RTE-001")
     return found
+
+
+def _groups(modules: Mapping[str, RoutedLinear]) -> list[list[RoutedLinear]]:
+    """Modules that read one input, by name; those whose widths, dtypes or devices differ stay alone."""
+    found = []
+    for names in sharing_groups(list(modules)):
+        group = [modules[name] for name in names]
+        alike = {(m.in_features, m.base.weight.dtype, m.base.weight.device) for m in group}
+        found += [group] if len(alike) == 1 else [[module] for module in group]
+    return found
+
+
+def _share(
+    model: nn.Module, library: ExpertLibrary, group: Sequence[RoutedLinear], context: RoutingContext,
+    implementation: Implementation,
+) -> None:  # fmt: skip
+    adapters_SN = [[expert.adapters.get(module.name) for expert in library] for module in group]
+    shared = SharedBank(adapters_SN, [module.base for module in group], implementation)
+    if len(group) > 1:
+        shared.watch(model.get_submodule(group[0].name.rpartition(".")[0]))
+    for position, (module, adapters) in enumerate(zip(group, adapters_SN)):
+        module.adapter = RoutedBank(module.name, adapters, shared, position, context).train(module.training)
 
 
 def _own_vectors(found: RoutingState, router: str, seed: int) -> SiteVectors:

@@ -15,6 +15,7 @@ from ..base.errors import QuietGooseError, RecipeError
 from ..kernels.routed_lora import add_routed_lora, dense_weights, slot_weights
 from .expert import SiteAdapter
 from .routers import RouterKind, Routing
+from .shared import SharedBank
 
 
 class RoutedLinear(nn.Module):
@@ -46,9 +47,12 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> y [..., O]."""
-        y = self.base(x)
-        if self.adapter is not None:
-            y = self.adapter(x, y)
+        if isinstance(self.adapter, RoutedBank) and self.adapter.takes_base(x):
+            y = self.adapter.linear(x)
+        else:
+            y = self.base(x)
+            if self.adapter is not None:
+                y = self.adapter(x, y)
         return y if self.on_top is None else self.on_top(x, y)
 
     def route(self, x: Tensor) -> Routing:
@@ -100,38 +104,45 @@ class RoutingContext:
 
 
 class RoutedBank(nn.Module):
-    """All experts of one site side by side (masked concat) and the router that weighs them.
+    """The experts of one site and the router that weighs them: a place in a SharedBank, which holds the tensors.
 
-    a_RI, b_OR   concatenated once when attached, in the base's dtype, scale folded into B in fp32
-    vectors_NI   prepared routing vectors, fp32, zero rows for absent experts
+    The first site of a group owns the shared bank as a submodule, so that moving or casting the model reaches it once.
     """
 
-    a_RI: Tensor
-    b_OR: Tensor
     owner_R: Tensor | None
     present_N: Tensor | None
-    vectors_NI: Tensor | None
+    shared: SharedBank
 
     def __init__(
-        self, site: str, adapters: Sequence[SiteAdapter | None], like: Tensor, context: RoutingContext
-    ) -> None:
+        self, site: str, adapters: Sequence[SiteAdapter | None], shared: SharedBank, position: int, context: RoutingContext
+    ) -> None:  # fmt: skip
         super().__init__()
-        present = [a is not None for a in adapters]
-        found = [a for a in adapters if a is not None]
-        owner = [i for i, a in enumerate(adapters) if a is not None for _ in range(a.a_RI.shape[0])]
-        equal = all(present) and len({a.a_RI.shape[0] for a in found}) == 1
-        self.site, self.context = site, context
-        self.num_experts, self.num_present = len(adapters), len(found)
-        self._slots = _slot_ranges(adapters)
-        device = like.device
-        self._keep("a_RI", torch.cat([a.a_RI for a in found]).to(device, like.dtype))
-        self._keep("b_OR", torch.cat([a.scale * a.b_OR.float() for a in found], dim=1).to(device, like.dtype))
-        self._keep("owner_R", None if equal else torch.tensor(owner, device=device))
-        self._keep("present_N", None if all(present) else torch.tensor(present, device=device))
-        self._keep("vectors_NI", None)
+        ranks = [0 if a is None else a.a_RI.shape[0] for a in adapters]
+        owner = [i for i, rank in enumerate(ranks) for _ in range(rank)]
+        self.site, self.context, self.position = site, context, position
+        self.num_experts, self.num_present = len(ranks), sum(rank > 0 for rank in ranks)
+        self._slots = _slot_ranges(ranks)
+        self.own_shared = shared if position == 0 else None
+        object.__setattr__(self, "shared", shared)  # not a second registration
+        device = shared.a_RI.device
+        self._keep("owner_R", None if len(set(ranks)) == 1 else torch.tensor(owner, device=device))
+        self._keep("present_N", None if all(ranks) else torch.tensor([r > 0 for r in ranks], device=device))
         self.kind: RouterKind | None = None
         self.single: int | None = None
         self.k = 0
+
+    @property
+    def a_RI(self) -> Tensor:
+        return self.shared.a_RI_of(self.position)
+
+    @property
+    def b_OR(self) -> Tensor:
+        return self.shared.b_RO_of(self.position).t()
+
+    @property
+    def vectors_NI(self) -> Tensor | None:
+        """Prepared routing vectors, fp32, zero rows for absent experts."""
+        return self.shared.vectors_NI(self.position)
 
     def use_router(self, kind: RouterKind, vectors_NI: Tensor, k: int) -> None:
         """Weigh experts by a scoring router; `vectors_NI` raw, with any rows for absent experts."""
@@ -144,7 +155,7 @@ class RoutedBank(nn.Module):
                 code="CFG-024",
             )
         prepared = kind.prepare(vectors_NI.to(torch.promote_types(vectors_NI.dtype, torch.float32)))
-        self._keep("vectors_NI", prepared.to(self.a_RI.device))
+        self.shared.set_vectors(self.position, kind, prepared, k)
         self.kind, self.single, self.k = kind, None, min(k, self.num_present)
 
     def use_expert(self, index: int) -> None:
@@ -155,8 +166,18 @@ class RoutedBank(nn.Module):
         """Every row takes the expert that the context names (oracle)."""
         self.kind, self.single = None, None
 
+    def takes_base(self, x: Tensor) -> bool:
+        """Whether `linear` may stand for the base's own product and `forward`."""
+        return self.kind is not None and self.shared.takes_base(x)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """base(x) + routed sum, x [..., I] -> [..., O]; inference."""
+        return self.shared.linear(x, self.position)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + routed sum, x [..., I], y [..., O]."""
+        if self.kind is not None and self.kind.kernel is not None:
+            return self.shared.add(x, y, self.position)
         x_TI, y_TO = x.flatten(0, -2), y.flatten(0, -2)
         if self.single is not None:
             return self._one(x_TI, y_TO).view_as(y)
@@ -171,6 +192,9 @@ class RoutedBank(nn.Module):
 
     def route(self, x_TI: Tensor) -> Routing:
         """Weights and indices of the experts of every token."""
+        if self.kind is not None and self.kind.kernel is not None:
+            weights_STK, index_STK = self.shared.route(x_TI)
+            return Routing(weights_STK[self.position, :, : self.k], index_STK[self.position, :, : self.k].long())
         if self.kind is not None and self.vectors_NI is not None:
             return self.kind.score(x_TI, self.vectors_NI, self.k, self.present_N)
         if self.single is not None:
@@ -189,10 +213,9 @@ class RoutedBank(nn.Module):
         self.register_buffer(name, tensor, persistent=False)
 
 
-def _slot_ranges(adapters: Sequence[SiteAdapter | None]) -> list[tuple[int, int]]:
+def _slot_ranges(ranks: Sequence[int]) -> list[tuple[int, int]]:
     ranges, start = [], 0
-    for adapter in adapters:
-        stop = start + (0 if adapter is None else adapter.a_RI.shape[0])
-        ranges.append((start, stop))
-        start = stop
+    for rank in ranks:
+        ranges.append((start, start + rank))
+        start += rank
     return ranges

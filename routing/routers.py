@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from torch.nn import functional
 
 from ..base.errors import RecipeError, suggest
 from ..base.seeding import generator
+from ..kernels.routed_lora import gate_scores, top_k
+from ..kernels.routed_lora.reference import EPSILON_NORM
 from .expert import Expert
 from .library import ExpertLibrary
 
-EPSILON_NORM = 1e-5
-EPSILON_SUM = 1e-6
 ARROW_TEMPERATURE = 10.0
 
 
@@ -50,8 +50,7 @@ def prepare_phatgoose(vectors_NI: Tensor) -> Tensor:
 
 def phatgoose(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None = None) -> Routing:
     """z = layernorm(x) . layernorm(v) / sqrt(d); softmax over all N; k largest; w = p / (sum of chosen p + 1e-6)."""
-    scores_TN = functional.linear(standardise(x_TI), vectors_NI)
-    return _top_k(scores_TN, k, present_N)
+    return _top_k(gate_scores(x_TI, vectors_NI), k, present_N)
 
 
 def prepare_arrow(vectors_NI: Tensor) -> Tensor:
@@ -61,8 +60,7 @@ def prepare_arrow(vectors_NI: Tensor) -> Tensor:
 
 def arrow(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None = None) -> Routing:
     """Arrow (Ostapenko et al. 2024): score |x . v| with v the top right singular vector of B A."""
-    wide = x_TI.to(torch.promote_types(x_TI.dtype, torch.float32))
-    return _top_k(functional.linear(wide, vectors_NI).abs(), k, present_N)
+    return _top_k(gate_scores(x_TI, vectors_NI, arrow=True), k, present_N)
 
 
 def uniform(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None = None) -> Routing:
@@ -73,20 +71,29 @@ def uniform(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None =
     return Routing(weights_TK, index_TK)
 
 
+def unchanged(vectors_NI: Tensor) -> Tensor:
+    """Vectors that are not read."""
+    return vectors_NI
+
+
 @dataclass(frozen=True)
 class RouterKind:
-    """A scoring function and what it does to the vectors once."""
+    """A scoring function, what it does to the vectors once, and the form in which the kernels know it.
+
+    kernel  standardised: layernorm(x) . v; projection: |x . v|; None: no scores, weights do not depend on the token
+    """
 
     score: RouterFunction
     prepare: Callable[[Tensor], Tensor]
+    kernel: Literal["standardised", "projection"] | None
 
 
 KINDS: dict[str, RouterKind] = {
-    "phatgoose": RouterKind(phatgoose, prepare_phatgoose),
-    "average_activation": RouterKind(phatgoose, prepare_phatgoose),
-    "random": RouterKind(phatgoose, prepare_phatgoose),
-    "arrow": RouterKind(arrow, prepare_arrow),
-    "uniform": RouterKind(uniform, lambda vectors_NI: vectors_NI),
+    "phatgoose": RouterKind(phatgoose, prepare_phatgoose, "standardised"),
+    "average_activation": RouterKind(phatgoose, prepare_phatgoose, "standardised"),
+    "random": RouterKind(phatgoose, prepare_phatgoose, "standardised"),
+    "arrow": RouterKind(arrow, prepare_arrow, "projection"),
+    "uniform": RouterKind(uniform, unchanged, None),
 }
 ROUTERS: tuple[str, ...] = (*KINDS, "oracle")
 
@@ -159,8 +166,4 @@ def router_kind(name: str) -> RouterKind:
 def _top_k(scores_TN: Tensor, k: int, present_N: Tensor | None) -> Routing:
     if present_N is not None:
         scores_TN = scores_TN.masked_fill(~present_N, float("-inf"))
-    p_TN = scores_TN.softmax(dim=1)
-    # Sorting scores, not p: two scores whose p both round to 0 still differ.
-    index_TK = scores_TN.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    p_TK = p_TN.gather(1, index_TK)
-    return Routing(p_TK / (p_TK.sum(dim=1, keepdim=True) + EPSILON_SUM), index_TK)
+    return Routing(*top_k(scores_TN, k))

@@ -9,7 +9,8 @@ The base's matrix products are shared by all rows, gradients never mix: expert i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from ..base.errors import QuietGooseError, RecipeError
 from ..base.files import safe_name
 from ..base.seeding import generator
-from ..kernels.routed_lora import add_row_lora, gate_logits
 from .expert import Expert, ExpertCard, SiteAdapter
 from .library import ExpertLibrary
-from .losses import expert_sums, token_losses
+from .losses import expert_sums, head_losses, hidden_and_head
 from .model import install
+from .row_adapter import InputGroup, RowAdapter, RowContext
+from .shared import sharing_groups
 from .sites import AdapterLayout, GateLayout, Site, all_sites, target_names
 
 PREFIX = "flat_"
@@ -37,39 +39,6 @@ class PackedRows(Protocol):
 
     @property
     def expert_B(self) -> Tensor: ...
-
-
-class RowContext:
-    """What the sites of a model read during one forward and its backward: the adapters (and gates) of every row, or the
-    share [B, T, 1] with which a token's adapter counts at every site."""
-
-    def __init__(self) -> None:
-        self.adapters: list[tuple[Tensor, Tensor]] = []
-        self.gates: list[Tensor] | None = None
-        self.shares: Sequence[Tensor] | None = None
-
-
-class RowAdapter(nn.Module):
-    """Adds row b's own expert at one site; holds no tensors."""
-
-    def __init__(self, index: int, site: str, context: RowContext, scale: float) -> None:
-        super().__init__()
-        self.index, self.site, self.context, self.scale = index, site, context, scale
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [B, T, I] or [1, B*T, I], y alike -> y + scale * g * B_e A_e x, shape of y."""
-        a_BRI, b_BOR = self.context.adapters[self.index]
-        rows, width = a_BRI.shape[0], x.shape[-1]
-        if x.numel() % (rows * width):
-            raise QuietGooseError(
-                f"site {self.site}: input {tuple(x.shape)} does not divide into the batch's {rows} rows",
-                code="RTE-003",
-            )
-        x_BTI = x.reshape(rows, -1, width)
-        gate_BT1 = None if self.context.shares is None else self.context.shares[self.index]
-        if self.context.gates is not None:
-            gate_BT1 = torch.sigmoid(gate_logits(x_BTI, self.context.gates[self.index])).to(x.dtype)
-        return add_row_lora(y.reshape(rows, -1, y.shape[-1]), x_BTI, a_BRI, b_BOR, gate_BT1, self.scale).view_as(y)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -101,13 +70,25 @@ class FlatBank(nn.Module):
         self.names = tuple(safe_name(name) for name in flats)
         for name, flat in flats.items():
             self.register_parameter(PREFIX + name, nn.Parameter(flat))
+        self._aliases: Sequence[Tensor] | None = None
 
     def flat(self, name: str) -> nn.Parameter:
         return self.get_parameter(PREFIX + name)
 
     def forward(self, expert_B: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows' vectors [B, P] in `dtype`."""
-        return _GatherRows.apply(torch.stack([self.flat(name) for name in self.names]), expert_B, dtype)  # type: ignore[return-value]
+        flats = [self.flat(name) for name in self.names] if self._aliases is None else self._aliases
+        return _GatherRows.apply(torch.stack(list(flats)), expert_B, dtype)  # type: ignore[return-value]
+
+    @contextmanager
+    def aliased(self) -> Iterator[Sequence[Tensor]]:
+        """While open, forward reads leaves that share the parameters' memory and nothing else: a gradient of these meets
+        neither the parameters' hooks nor the stream these were made for."""
+        self._aliases = [self.flat(name).detach().requires_grad_() for name in self.names]
+        try:
+            yield self._aliases
+        finally:
+            self._aliases = None
 
 
 def initial_adapter(layout: AdapterLayout, name: str, seed: int) -> Tensor:
@@ -141,9 +122,15 @@ class GateBank(FlatBank):
 
 
 class _TrainableRows(nn.Module):
-    """Shared by expert and gate training: frozen model, sites replaced, loss sums per expert."""
+    """Shared by expert and gate training: frozen model, sites replaced, loss sums per expert.
+
+    `own`: the experts that this process holds and trains, in the order of `names`, and whose rows alone it is given with labels;
+    None: all of them.
+    """
 
     bank: FlatBank
+    place_N: Tensor
+    compiled_loss = False
 
     def __init__(
         self,
@@ -151,11 +138,16 @@ class _TrainableRows(nn.Module):
         sites: Sequence[Site],
         names: Sequence[str],
         inputs: Callable[[Any], dict[str, Any]],
+        own: Sequence[str] | None,
     ) -> None:
         super().__init__()
         if not names:
             raise RecipeError("no experts to train: name at least one in data.include or data.experts", code="CFG-021")
         self.names = tuple(names)
+        self.own = None if own is None else tuple(own)
+        held = self.names if own is None else self.own
+        places = [held.index(name) if name in held else 0 for name in self.names]  # type: ignore[union-attr,operator]
+        self.register_buffer("place_N", torch.tensor(places), persistent=False)
         self.sites = tuple(sites)
         self.model = model.requires_grad_(False)
         self.context = RowContext()
@@ -163,18 +155,54 @@ class _TrainableRows(nn.Module):
         self._routed = install(model, self.sites)
 
     def _adapt(self, scale: float) -> None:
-        for index, (name, module) in enumerate(self._routed.items()):
-            module.adapter = RowAdapter(index, name, self.context, scale)
+        for name, module in self._routed.items():
+            module.adapter = RowAdapter(name, scale)
+        self._groups: list[tuple[InputGroup, list[RowAdapter]]] = []
+        for sites in sharing_groups(list(self._routed)):
+            members: list[RowAdapter] = [self._routed[site].adapter for site in sites]  # type: ignore[misc]
+            if len(members) > 1:
+                group = InputGroup()
+                self._groups.append((group, members))
+                for member in members:
+                    member.group = group
+
+    def stop_sharing(self) -> None:
+        """Every site shrinks by itself: where a layer's forward is run again for its backward, nothing may wait between sites."""
+        for _, members in self._groups:
+            for member in members:
+                member.group = None
+        self._groups = []
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One optimizer group per expert."""
-        return [{"name": name, "params": [self.bank.flat(name)]} for name in self.names]
+        """One optimizer group per expert that is trained here."""
+        return [{"name": name, "params": [self.bank.flat(name)]} for name in self.own or self.names]
 
     def loss_sums(self, batch: PackedRows) -> Tensor:
         """Sum of -log p(label) over the label tokens of each expert's rows: fp32 [E], differentiable."""
-        self._set_context(batch.expert_B, self._compute_dtype())
-        losses_BT = token_losses(self.model, self._inputs(batch), batch.labels_BT)
+        hidden_TD, head = self.hidden(batch)
+        label_L = getattr(batch, "label_L", None)
+        losses_BT = head_losses(self.model, hidden_TD, head, batch.labels_BT, label_L, self.compiled_loss)
         return expert_sums(losses_BT, batch.expert_B, len(self.names))
+
+    def hidden(self, batch: PackedRows) -> tuple[Tensor, nn.Module]:
+        """What the head is given, [B*T, D], and the head."""
+        group_G: Tensor | None = getattr(batch, "group_G", None)
+        expert_G = batch.expert_B if group_G is None else group_G
+        self._set_context(expert_G if self.own is None else self.place_N[expert_G], self._compute_dtype())
+        self._bind()
+        return hidden_and_head(self.model, self._inputs(batch))
+
+    def _bind(self) -> None:
+        """Hand every site its part of the context."""
+        context = self.context
+        for index, module in enumerate(self._routed.values()):
+            adapter = module.adapter
+            assert isinstance(adapter, RowAdapter)
+            adapter.a_GRI, adapter.b_GOR = context.adapters[index]
+            adapter.gate_GI = None if context.gates is None else context.gates[index]
+            adapter.share_BT1 = None if context.shares is None else context.shares[index]
+        for group, members in self._groups:
+            group.bind(members)
 
     def forward(self, batch: PackedRows) -> Any:
         return self.loss_sums(batch)
@@ -208,12 +236,13 @@ class TrainableExperts(_TrainableRows):
         rslora: bool,
         seed: int,
         inputs: Callable[[Any], dict[str, Any]],
+        own: Sequence[str] | None = None,
     ) -> None:
         """`inputs(batch)` gives the model's keyword arguments for a batch."""
-        super().__init__(model, sites, names, inputs)
+        super().__init__(model, sites, names, inputs, own)
         targets = target_names([s.name for s in sites], [s.name for s in all_sites(model)])
         self.cards = {name: ExpertCard(name, rank, alpha, targets, rslora) for name in self.names}
-        self.bank = ExpertBank(AdapterLayout.uniform(sites, rank), self.names, seed)
+        self.bank = ExpertBank(AdapterLayout.uniform(sites, rank), self.own or self.names, seed)
         self._adapt(self.cards[self.names[0]].scale_at(self.sites[0].name))
 
     def _set_context(self, expert_B: Tensor, dtype: torch.dtype) -> None:
@@ -242,24 +271,31 @@ class TrainableGates(_TrainableRows):
     bank: GateBank
     frozen_NP: Tensor
 
-    def __init__(self, model: nn.Module, library: ExpertLibrary, inputs: Callable[[Any], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        library: ExpertLibrary,
+        inputs: Callable[[Any], dict[str, Any]],
+        own: Sequence[str] | None = None,
+    ) -> None:
         known = {site.name: site for site in all_sites(model)}
         names = library.sites
         unknown = [name for name in names if name not in known]
         if unknown:
             raise RecipeError(f"an expert adapts {unknown[0]}, which this base does not have", code="EXP-002")
         sites = [known[name] for name in names]
-        super().__init__(model, sites, library.names, inputs)
+        super().__init__(model, sites, library.names, inputs, own)
         self.library_before = library
         ranks = [max(e.adapters[s].a_RI.shape[0] for e in library if s in e.adapters) for s in names]
         self.layout = AdapterLayout(self.sites, tuple(ranks))
-        self.register_buffer("frozen_NP", self._frozen(library).to(self._compute_dtype()), persistent=False)
-        self.bank = GateBank(GateLayout(self.sites), self.names)
+        held = library if own is None else library.restrict(own)
+        self.register_buffer("frozen_NP", self._frozen(held).to(self._compute_dtype()), persistent=False)
+        self.bank = GateBank(GateLayout(self.sites), held.names)
         self._adapt(1.0)
 
     def _set_context(self, expert_B: Tensor, dtype: torch.dtype) -> None:
         self.context.adapters = self.layout.rows(self.frozen_NP.to(dtype).index_select(0, expert_B))
-        self.context.gates = self.bank.layout.rows(self.bank(expert_B, self.bank.flat(self.names[0]).dtype))
+        self.context.gates = self.bank.layout.rows(self.bank(expert_B, self.bank.flat(self.bank.names[0]).dtype))
 
     def _frozen(self, library: ExpertLibrary) -> Tensor:
         rows_NP = torch.zeros(len(library), self.layout.numel)

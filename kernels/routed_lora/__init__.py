@@ -1,21 +1,42 @@
 """Routed LoRA: the sum of the chosen experts' low-rank updates per token (mathematics in README.md)."""
 
+from . import operators
+from .layout import GroupShape, GroupTables, PreparedGates, group_shape, group_tables, split_gates
 from .reference import (
     add_routed_lora,
     add_row_lora,
     dense_weights,
     gate_logits,
+    gate_scores,
+    masked_hidden,
     naive,
+    route_group,
     routed_lora,
     slot_weights,
+    top_k,
 )
+from .tiles import by_pairs, formulation, routes_by_kernel
 
 __all__ = [
+    "GroupShape",
+    "GroupTables",
+    "PreparedGates",
     "add_routed_lora",
     "add_row_lora",
+    "by_pairs",
     "dense_weights",
+    "formulation",
     "gate_logits",
+    "gate_scores",
+    "group_shape",
+    "group_tables",
+    "masked_hidden",
     "naive",
+    "operators",
+    "route_group",
     "routed_lora",
+    "routes_by_kernel",
     "slot_weights",
+    "split_gates",
+    "top_k",
 ]

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+EPSILON_NORM = 1e-5
+EPSILON_SUM = 1e-6
+
 
 def routed_lora(x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, weights_TN: Tensor) -> Tensor:
     """The routed sum [T, O] by masked concatenation: two products and one pointwise step.
@@ -109,3 +112,45 @@ def gate_logits(x_BTI: Tensor, v_BI: Tensor) -> Tensor:
     Saves x as it is (bf16 stays bf16), not an fp32 copy of it: phatgoose.md 1.2, "Backward".
     """
     return _GateLogits.apply(x_BTI, v_BI)  # type: ignore[no-any-return]
+
+
+def gate_scores(x_TI: Tensor, vectors_ZI: Tensor, arrow: bool = False) -> Tensor:
+    """Router scores [T, Z] in at least fp32: layernorm(x) . v from one product of the raw x and one scalar per token.
+
+    layernorm(x) . v = (x . v - mean(x) sum(v)) / sqrt(var(x) + 1e-5); the second term is what rounding leaves of a
+    standardised v's zero mean (phatgoose.md 1.4). arrow: |x . v| instead. vectors_ZI are prepared (routers.py).
+    """
+    wide_TI = x_TI.to(torch.promote_types(x_TI.dtype, torch.float32))
+    dot_TZ = functional.linear(wide_TI, vectors_ZI.to(wide_TI.dtype))
+    if arrow:
+        return dot_TZ.abs()
+    variance_T1, mean_T1 = torch.var_mean(wide_TI, 1, correction=0, keepdim=True)
+    shift_Z = vectors_ZI.to(wide_TI.dtype).sum(1)
+    return (dot_TZ - mean_T1 * shift_Z) * torch.rsqrt(variance_T1 + EPSILON_NORM)
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(weights, int64 indices) [..., k] of the largest scores on the last axis: softmax over all, the chosen divided by
+    (their sum + 1e-6). Ties go to the lower index; a score of -inf (or ABSENT) gets weight 0."""
+    p = scores.softmax(dim=-1)
+    # Sorting scores, not p: two scores whose p both round to 0 still differ.
+    index = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    chosen = p.gather(-1, index)
+    return chosen / (chosen.sum(dim=-1, keepdim=True) + EPSILON_SUM), index
+
+
+def route_group(
+    x_TI: Tensor, vectors_ZI: Tensor, absent_Z: Tensor, num_experts: int, k: int, arrow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(weights, int64 indices) [S, T, K] of all sites of a group: one product for all their gates."""
+    scores_TZ = gate_scores(x_TI, vectors_ZI, arrow) + absent_Z
+    return top_k(scores_TZ.unflatten(1, (-1, num_experts)).transpose(0, 1), k)
+
+
+def masked_hidden(
+    x_TI: Tensor, a_RI: Tensor, owner_R: Tensor, slots: Sequence[int], weights_STK: Tensor, index_STK: Tensor, num_experts: int
+) -> Tensor:  # fmt: skip
+    """hm [T, R] of all sites of a group: one shrink, then every slot times the weight of its expert (0: not chosen)."""
+    dense_STN = weights_STK.new_zeros(*weights_STK.shape[:2], num_experts).scatter(2, index_STK.long(), weights_STK)
+    parts = [dense.index_select(1, owner) for dense, owner in zip(dense_STN, owner_R.split(list(slots)))]
+    return functional.linear(x_TI, a_RI) * torch.cat(parts, 1).to(x_TI.dtype)

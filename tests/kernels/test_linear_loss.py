@@ -112,3 +112,21 @@ def test_without_gradients_no_graph() -> None:
         nll, entropy = token_nll(head, hidden, labels, entropy=False)
     assert not nll.requires_grad
     assert bool((entropy == 0).all())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+def test_the_compiled_way_is_the_plain_one(tokens, monkeypatch) -> None:
+    """Uncompiled here: the same function, and it is taken only where nothing but the loss is asked for."""
+    calls = []
+    monkeypatch.setattr(
+        linear_loss, "_compiler", lambda: lambda *args: calls.append(1) or linear_loss.plain_slope(*args)
+    )
+    head, hidden, labels, scale = problem(tokens=tokens)
+    options = {"recompute": False, "entropy": False}
+    found = [token_nll(head, hidden, labels, compiled=compiled, **options)[0] for compiled in (True, False)]
+    assert_close("nll", *found)
+    got, want = (torch.autograd.grad((nll * scale).sum(), hidden)[0] for nll in found)
+    assert_close("h", got, want, direction="gradient")
+    assert len(calls) == 1
+    token_nll(head, hidden, labels, compiled=True, recompute=False)  # with the entropy
+    assert len(calls) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quietgoose.routing.library import ExpertLibrary
 from quietgoose.routing.model import assign_rows, attach, set_router, state
 
 pytestmark = [
@@ -33,6 +34,44 @@ def test_no_host_synchronisation(on_gpu, router: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(hidden).all()
+
+
+@pytest.mark.parametrize("method", ["decode", "fused", "stock", "grouped"])
+@pytest.mark.parametrize("training", [False, True])
+def test_no_formulation_synchronises(on_gpu, monkeypatch, method: str, training: bool) -> None:
+    model, _ = on_gpu
+    monkeypatch.setattr("quietgoose.routing.shared.formulation", lambda *_: method)
+    monkeypatch.setattr("quietgoose.routing.shared.by_pairs", lambda *_: method == "grouped")
+    module = state(model).modules["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(60, 24, device="cuda").bfloat16().requires_grad_(training)
+    for mode in ("default", "error"):  # the first call compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.set_grad_enabled(training):
+                y = module(x)
+            if training:
+                y.sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(y).all()
+
+
+def test_no_tensor_of_tokens_times_experts_times_outputs(new_model, new_expert) -> None:
+    """64 experts, 4,096 tokens: the peak above what stands is far from [T, N, O] and from [T k, O]."""
+    model = new_model(hidden_size=128, intermediate_size=512, num_hidden_layers=1)
+    library = ExpertLibrary(new_expert(model, f"e{i}", rank=16, targets=("up_proj",)) for i in range(64))
+    attach(model.to("cuda", torch.bfloat16), library, k=4)
+    module = state(model).modules["model.layers.0.mlp.up_proj"]
+    x = torch.randn(4096, 128, device="cuda").bfloat16()
+    with torch.no_grad():
+        module(x)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        standing = torch.cuda.memory_allocated()
+        module(x)
+        peak = torch.cuda.max_memory_allocated() - standing
+    output = 4096 * 512 * 2
+    assert peak < 2.5 * output
 
 
 def test_cuda_graph_capture_replays_the_forward(on_gpu) -> None:

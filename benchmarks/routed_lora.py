@@ -1,0 +1,256 @@
+"""Routed LoRA against the plain base and other formulations: milliseconds, share of the base, memory, error against fp64.
+
+    python benchmarks/routed_lora.py --parts models decode --out results/routed_lora.json      # whole models
+    python benchmarks/routed_lora.py --parts layer --shapes smollm2 llama3-8b                   # one layer, all peers
+    python benchmarks/routed_lora.py --parts tune models   # prints tables of kernels/routed_lora/tiles.py, then uses them
+    python benchmarks/routed_lora.py --parts layer --shapes tiny --device cpu --tokens 1 8      # wiring, on a CPU
+
+Random bf16 weights, gates and tokens (no quality is claimed; random gates spread tokens over all experts, the worst case
+for grouping). A layer is the seven linears of one decoder layer, captured as a CUDA graph where a formulation can be
+(not: r_three, which waits for the host). Whole models: every decoder layer compiled, the forward captured; base and routed
+in the same mode in the same run. Nothing is timed before its gate against fp64 is green. JSON is rewritten after every
+cell; a peer that fails leaves its error there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from kv_cache_measure import say
+from quietgoose.kernels.routed_lora import formulation, tiles
+from quietgoose.kernels.testing import relative_rmse, tolerance
+from routed_lora_models import captured, free, median_ms
+from routed_lora_peers import OURS, PEERS, RANK, SHAPES, Layer, base, ours, single_lora
+from routed_lora_whole import run_decode, run_models
+
+PARTS = ("models", "decode", "layer", "tune")
+ROTATION_BYTES = 128 * 2**20
+MOST_BYTES = 40 * 2**30  # a peer whose largest intermediate would need more is left out
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["models", "decode", "layer"])
+    parser.add_argument("--shapes", nargs="+", default=["smollm2", "llama3-8b"], choices=list(SHAPES))
+    parser.add_argument("--experts", nargs="+", type=int, default=[4, 16, 64, 166])
+    parser.add_argument("--k", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 32, 512, 4096, 32768])
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), help="of the part `layer`")
+    parser.add_argument("--batches", nargs="+", default=["8x512", "64x512", "1x1"], help="of the part `models`")
+    parser.add_argument("--model-experts", nargs="+", type=int, default=[16, 166])
+    parser.add_argument("--caches", nargs="+", default=["static", "zip"], help="of the part `decode`")
+    parser.add_argument("--fuse", nargs="+", default=["layer"], choices=["none", "layer", "model"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="of the part `decode`")
+    parser.add_argument("--layers", type=int, default=None, help="of llama3-8b's model (default 4) and smollm2's (30)")
+    parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget-seconds", type=float, default=500.0, help="no cell starts later than this")
+    parser.add_argument("--out", type=Path, default=Path("routed_lora.json"))
+    return parser.parse_args()
+
+
+class Report:
+    """Results by part, on disk after every addition."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.start = options, time.perf_counter()
+        name = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
+        self.data: dict[str, Any] = {
+            "device": name, "torch": torch.__version__, "transformers": transformers.__version__, "rank": RANK,
+            "dtype": "bfloat16", "cells": [],
+        }  # fmt: skip
+
+    def add(self, **cell: Any) -> None:
+        self.data["cells"].append(cell)
+        self.options.out.parent.mkdir(parents=True, exist_ok=True)
+        self.options.out.write_text(json.dumps(self.data, indent=1))
+        say(" ".join(f"{key}={value}" for key, value in cell.items()))
+
+    def late(self) -> bool:
+        return time.perf_counter() - self.start > self.options.budget_seconds
+
+
+def timed(work: Any, device: torch.device, copies: int, capture: bool = True) -> dict[str, Any]:
+    """Milliseconds of one layer, captured or as plain calls; peak memory above what stands."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return {"ms": round(1e3 * (time.perf_counter() - start) / copies, 3), "mode": "cpu"}
+    free()
+    standing = torch.cuda.memory_allocated()
+    work()
+    peak = (torch.cuda.max_memory_allocated() - standing) / 2**20
+    call, mode = (captured(work), "graph") if capture else (work, "calls")
+    times = {name: round(value / copies, 4) for name, value in median_ms(call, 0.15, 3, 60).items()}
+    return {**times, "mode": mode, "peak_mib": round(peak, 1)}
+
+
+def too_large(name: str, shape: str, experts: int, k: int, tokens: int) -> bool:
+    ff = SHAPES[shape][1]
+    need = {"peft_arrow": experts * ff, "mttl": 2 * RANK * ff, "grouped_mm": 3 * k * ff}.get(name, ff)
+    return 2 * tokens * need > MOST_BYTES
+
+
+def gate(layer: Layer, function: Any, k: int, arrow: bool) -> float:
+    """Relative RMSE of the first tokens of the last copy against fp64, the worst of the seven linears."""
+    return max(relative_rmse(y[:256], want) for y, want in zip(layer.run(function), layer.exact(k, arrow)))
+
+
+def run_cell(report: Report, shape: str, experts: int, tokens: int, ks: list[int]) -> None:
+    """All formulations of one shape, number of experts and tokens; the peers at the first k only."""
+    device = torch.device(report.options.device)
+    d, ff, q, kv = SHAPES[shape]
+    weights = 2 * (d * (2 * q + 2 * kv + 3 * ff))
+    small = tokens <= 512 and device.type == "cuda"
+    copies = max(1, min(24, -(-ROTATION_BYTES // weights))) if small else 1
+    free_if(device)
+    layer = Layer(shape, experts, tokens, copies, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    where = {"part": "layer", "shape": shape, "experts": experts, "tokens": tokens}
+    plain = timed(lambda: layer.run(base), device, copies)
+    report.add(**where, k=0, what="base", **plain)
+    report.add(
+        **where, k=0, what="peft_single_lora", **shared(timed(lambda: layer.run(single_lora), device, copies), plain)
+    )
+    for k in ks:
+        functions: dict[str, Any] = {}
+        if device.type == "cuda":
+            functions |= {name: ours(k, name) for name in OURS if name != "decode" or tokens <= 64}
+        functions |= {name: PEERS[name](k) for name in report.options.peers if k == ks[0]}
+        for name, function in functions.items():
+            if report.late():
+                return
+            if too_large(name, shape, experts, k, tokens) or (name == "fused" and experts > 64):
+                continue
+            try:
+                error = None if name == "mttl" else gate(layer, function, k, name == "peft_arrow")
+                if name in OURS and not error <= tolerance(layer.dtype):
+                    report.add(**where, k=k, what=name, error=error, refused="the gate against fp64 is red")
+                    continue
+                found = timed(lambda f=function: layer.run(f), device, copies, name != "r_three")
+                report.add(**where, k=k, what=name, **shared(found, plain), error=error)
+            except Exception as problem:
+                report.add(**where, k=k, what=name, failed=f"{type(problem).__name__}: {str(problem)[:200]}")
+                free_if(device)
+
+
+def shared(found: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "share": round(found["ms"] / max(plain["ms"], 1e-6), 3)}
+
+
+def free_if(device: torch.device) -> None:
+    if device.type == "cuda":
+        free()
+
+
+def run_layer(report: Report) -> None:
+    """First the cells of the targets, then the rest; all peers at k = 2, ours alone at other k."""
+    options = report.options
+    cells = [(s, n, t) for s in options.shapes for n in options.experts for t in options.tokens]
+    cells.sort(key=lambda c: (c[1] != 16, c[1] != 166))
+    for shape, experts, tokens in cells:
+        if report.late():
+            return
+        ks = sorted((k for k in options.k if k <= experts), key=lambda k: k != 2)
+        try:
+            run_cell(report, shape, experts, tokens, ks)
+        except Exception as problem:
+            report.add(part="layer", shape=shape, experts=experts, tokens=tokens, failed=str(problem)[:200])
+
+
+def run_tune(report: Report) -> None:
+    """Tiles by number of tokens and width, pieces of `stock`, and the fastest formulation: what tiles.py should say."""
+    device = torch.device("cuda")
+    found: dict[str, tiles.Table] = {}
+    for shape in report.options.shapes:
+        width = 2048 if shape == "smollm2" else tiles.LIMITLESS
+        for tokens, limit in ((1, 1), (128, 256), (512, 1024), (4096, 8192), (32768, tiles.LIMITLESS)):
+            if report.late():
+                break
+            layer = Layer(shape, 16, tokens, 8 if tokens == 1 and shape == "smollm2" else 1, device, torch.bfloat16)
+            method = "decode" if tokens == 1 else "fused"
+            for name in ("decode_one", "decode_update") if tokens == 1 else ("route_shrink", "linear_expand"):
+                every = tiles.LIMITLESS
+                options = [[(every, every, candidate)] for candidate in tiles.CANDIDATES[name]]
+                best = _tune(report, layer, method, name, options, shape, tokens)
+                if best:
+                    found.setdefault(name, []).append((every if tokens == 1 else limit, width, best[0][2]))
+            if tokens >= 4096:
+                _tune(report, layer, "stock", "stock_piece", tiles.STOCK_PIECES, shape, tokens)
+    for name, entries in found.items():
+        table = getattr(tiles, name.upper())
+        entries.sort(key=lambda entry: entry[:2])
+        print(name.upper(), "=", *(f"    {entry}," for entry in entries), sep="\n", flush=True)
+        table[:] = [*entries, *table]  # the parts that follow in this run use what was measured
+    crossovers(report, device)
+
+
+def _tune(
+    report: Report, layer: Layer, method: str, name: str, options: list[Any], shape: str, tokens: int
+) -> list[Any] | None:
+    """Time `method` with each content of the table `name`; the fastest content. The table is as before afterwards."""
+    table, found = getattr(tiles, name.upper()), {}
+    kept = list(table)
+    for option in options:
+        table[:] = option
+        try:
+            ms = median_ms(captured(lambda: layer.run(ours(2, method))), 0.1, 3, 50)["ms"] / len(layer.copies)
+        except Exception as problem:
+            say(name, option, str(problem)[:120])
+            continue
+        found[ms] = option
+        choice = str(option[0][2] if isinstance(option[0], tuple) else option)
+        report.add(part="tune", shape=shape, tokens=tokens, what=name, choice=choice, ms=round(ms, 4))
+    table[:] = kept
+    return found[min(found)] if found else None
+
+
+def crossovers(report: Report, device: torch.device) -> None:
+    """Which formulation is fastest where, one line a cell; CROSSOVERS is to agree with it."""
+    for shape in report.options.shapes:
+        for experts in report.options.experts:
+            for tokens in (16, 64, 128, 512, 4096, 32768):
+                if report.late():
+                    return
+                layer = Layer(shape, experts, tokens, 1, device, torch.bfloat16)
+                found = {}
+                for name in OURS:
+                    if (name == "decode" and tokens > 128) or (name == "fused" and experts > 64):
+                        continue
+                    try:
+                        found[name] = median_ms(captured(lambda n=name: layer.run(ours(2, n))), 0.05, 3, 30)["ms"]
+                    except Exception as problem:
+                        say(name, str(problem)[:120])
+                if found:
+                    fastest = min(found, key=lambda name: found[name])
+                    now = formulation(tokens, experts * RANK, SHAPES[shape][0], unverified=True)
+                    report.add(
+                        part="crossover",
+                        shape=shape,
+                        experts=experts,
+                        tokens=tokens,
+                        fastest=fastest,
+                        table=now,
+                        **found,
+                    )
+
+
+def main() -> None:
+    options = parse()
+    report = Report(options)
+    torch.set_float32_matmul_precision("highest")
+    options.parts.sort(key=lambda part: part != "tune")
+    works = {"models": run_models, "decode": run_decode, "layer": run_layer, "tune": run_tune}
+    for part in options.parts:
+        works[part](report)
+    say(f"written {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The parts `models` and `decode` of benchmarks/routed_lora.py: base, routed and PEFT, whole forwards and decode steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quietgoose.cache.decode import compile_decode
+from quietgoose.cache.decode_static import StaticKV
+from quietgoose.cache.hf import ZipCache
+from quietgoose.kernels.testing import relative_rmse
+from quietgoose.routing.model import attach, detach
+from routed_lora_models import (
+    captured,
+    compiled_layers,
+    forward,
+    free,
+    make_library,
+    make_model,
+    median_ms,
+    peft_arrow,
+    peft_single,
+    tokens_of,
+    without_mask,
+)
+from torch import Tensor
+
+DECODE_STEPS = 60
+GATE = 3e-2  # bf16 through all layers: kernels against the plain twin, logits
+
+
+def run_models(report: Any) -> None:
+    """Forwards with all logits: base and routed compiled and captured, PEFT's as they run."""
+    for shape in report.options.shapes:
+        if shape == "tiny" or report.late():
+            continue
+        model = without_mask(make_model(shape, report.options.layers, torch.device("cuda")))
+        batches = [b for b in report.options.batches if not (shape != "smollm2" and b == "64x512")]
+        bases: dict[tuple[str, str], float] = {}
+        _arm(report, model, shape, "base", batches, bases)
+        for experts in report.options.model_experts:
+            if report.late():
+                break
+            attach(model, make_library(model, experts), k=2)
+            error = _gate(model, experts)
+            if error <= GATE:
+                _arm(report, model, shape, f"routed {experts}", batches, bases, logits_error=error)
+            else:
+                report.add(part="models", shape=shape, what=f"routed {experts}", error=error, refused="the gate is red")
+            detach(model)
+            free()
+        if not report.options.no_peft and not report.late():
+            _peft(report, model, shape, batches, bases)
+        del model
+        free()
+
+
+def _gate(model: Any, experts: int) -> float:
+    """Logits of the kernels against the plain twin's (64 and 300 tokens: both sides of the decode crossover)."""
+    worst = 0.0
+    for length in (40, 300):
+        ids = tokens_of(model, 1, length)
+        found = [forward(model, ids)()]
+        library = model.routing_state.library
+        attach(model, library, k=2, implementation="reference")
+        found.append(forward(model, ids)())
+        attach(model, library, k=2)
+        worst = max(worst, relative_rmse(*found))
+    return worst
+
+
+def _arm(
+    report: Any, model: Any, shape: str, what: str, batches: list[str], bases: dict[tuple[str, str], float], **more: Any
+) -> None:
+    for batch in batches:
+        if report.late():
+            return
+        ids = tokens_of(model, *(int(n) for n in batch.split("x")))
+        for mode in ("compiled graph", "graph", "calls"):
+            try:
+                found = _time(model, ids, mode)
+            except Exception as problem:
+                report.add(part="models", shape=shape, batch=batch, what=what, mode=mode, failed=str(problem)[:300])
+                free()
+                continue
+            if what == "base":
+                bases[batch, mode] = found["ms"]
+            share = round(found["ms"] / bases[batch, mode], 3) if (batch, mode) in bases else None
+            report.add(part="models", shape=shape, batch=batch, what=what, mode=mode, **found, share=share, **more)
+            more = {}
+
+
+def _time(model: Any, ids: Tensor, mode: str) -> dict[str, Any]:
+    free()
+    standing = torch.cuda.memory_allocated()
+    work = forward(model, ids)
+    if mode == "compiled graph":
+        with compiled_layers(model):
+            times = median_ms(captured(work), 0.7)
+    else:
+        times = median_ms(captured(work) if mode == "graph" else work, 0.7)
+    return {**times, "peak_mib": round((torch.cuda.max_memory_allocated() - standing) / 2**20, 1)}
+
+
+def _peft(report: Any, model: Any, shape: str, batches: list[str], bases: dict[tuple[str, str], float]) -> None:
+    """PEFT's single LoRA and Arrow with 16 adapters, eager calls (Arrow copies from the host at every forward)."""
+    for what, make in (("peft single", peft_single), ("peft arrow 16", lambda m: peft_arrow(m, 16, 2))):
+        try:
+            peer = make(model)
+        except Exception as problem:
+            report.add(part="models", shape=shape, what=what, failed=str(problem)[:300])
+            continue
+        for batch in batches:
+            if report.late():
+                break
+            ids = tokens_of(model, *(int(n) for n in batch.split("x")))
+            try:
+                free()
+                standing = torch.cuda.memory_allocated()
+                found = median_ms(forward(peer, ids), 0.7, 3)
+                peak = round((torch.cuda.max_memory_allocated() - standing) / 2**20, 1)
+                share = round(found["ms"] / bases[batch, "calls"], 3) if (batch, "calls") in bases else None
+                report.add(
+                    part="models",
+                    shape=shape,
+                    batch=batch,
+                    what=what,
+                    mode="calls",
+                    **found,
+                    share=share,
+                    peak_mib=peak,
+                )
+            except Exception as problem:
+                report.add(part="models", shape=shape, batch=batch, what=what, failed=str(problem)[:300])
+                free()
+        peer.unload()
+
+
+def run_decode(report: Any) -> None:
+    """One token a row after a prompt of 256: captured steps of the base and of routed models, same settings."""
+    for shape in report.options.shapes:
+        if shape == "tiny" or report.late():
+            continue
+        model = make_model(shape, report.options.layers, torch.device("cuda"))
+        bases: dict[tuple[str, str, int], float] = {}
+        for experts in (0, *report.options.model_experts):
+            if experts:
+                attach(model, make_library(model, experts), k=2)
+            for cache in report.options.caches:
+                for fuse in report.options.fuse:
+                    for rows in report.options.rows:
+                        if report.late():
+                            return
+                        _decode(report, model, shape, experts, cache, fuse, rows, bases)
+            detach(model)
+            free()
+        del model
+        free()
+
+
+def _decode(
+    report: Any, model: Any, shape: str, experts: int, cache: str, fuse: Any, rows: int,
+    bases: dict[tuple[str, str, int], float],
+) -> None:  # fmt: skip
+    where = {"part": "decode", "shape": shape, "experts": experts, "cache": cache, "fuse": fuse, "rows": rows}
+    try:
+        torch._dynamo.reset()
+        held = StaticKV(model.config, capacity=512) if cache == "static" else ZipCache(model.config, capacity=512)
+        decode = compile_decode(model, held, fuse=fuse)
+        logits = decode.prefill(tokens_of(model, rows, 256))
+        token = logits.argmax(-1)
+        for _ in range(4):
+            token = decode.step(token).argmax(-1)
+        found = median_ms(lambda: decode.step(token), 10.0, DECODE_STEPS, DECODE_STEPS)
+        decode.close()
+    except Exception as problem:
+        report.add(**where, failed=f"{type(problem).__name__}: {str(problem)[:300]}")
+        return
+    if not experts:
+        bases[cache, fuse, rows] = found["ms"]
+    share = round(found["ms"] / bases[cache, fuse, rows], 3) if (cache, fuse, rows) in bases else None
+    report.add(**where, **found, share=share)

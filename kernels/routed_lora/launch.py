@@ -1,0 +1,269 @@
+"""Launches of the Triton kernels: plain functions from tensors to tensors, no autograd, no host synchronisation.
+
+Called by operators.py. Every grid depends on shapes only, so that a captured graph replays with new tokens.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportIndexIssue=false
+# (launches of Triton kernels: the checker sees the Python function)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import tiles
+from .layout import GroupShape, GroupTables, PreparedGates
+from .triton_decode import decode_base, decode_update
+from .triton_grouped import count_experts, grouped_expand, grouped_outer, grouped_shrink, place_tokens
+from .triton_linear import linear_expand
+from .triton_route import route_shrink
+
+SORT_BLOCK = 128
+FUSED_DECODE_BYTES = 96 * 1024  # of chosen A per token: above it the shrink is a launch of its own
+DECODE_SPLIT = 2048
+
+
+class Sites(NamedTuple):
+    """The base linears of a group and the experts' B, one entry a site. biases: empty, or one a site."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    b_RO: list[Tensor]
+
+
+class Pairs(NamedTuple):
+    """(token, slot) pairs sorted by expert: order int32 [L, T], total int32 [L, NP]."""
+
+    order_LT: Tensor
+    total_LN: Tensor
+
+
+def _padded(count: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(count))
+
+
+def _three(values: list[int] | tuple[int, ...]) -> tuple[int, int, int]:
+    first, second, third = (*values, 0, 0)[:3]
+    return first, second, third
+
+
+def _distances(tensors: list[Tensor]) -> tuple[int, int]:
+    """How far, in elements, the second and third tensor lie from the first."""
+    size, origin = tensors[0].element_size(), tensors[0].data_ptr()
+    away = [(t.data_ptr() - origin) // size for t in tensors]
+    return _three(away)[1:]
+
+
+def _gates(gates: PreparedGates) -> tuple[Tensor, Tensor, bool]:
+    if gates.high_ZI.numel():
+        return gates.high_ZI, gates.low_ZI, True
+    return gates.vectors_ZI, gates.vectors_ZI, False
+
+
+def route(
+    x_TI: Tensor,
+    gates: PreparedGates,
+    tables: GroupTables,
+    shape: GroupShape,
+    k: int,
+    arrow: bool,
+    a_RI: Tensor | None = None,
+    store: bool = True,
+    chosen: tiles.Tiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight fp32 [S, T, K], index int32 [S, T, K], hm [T, R] in x's dtype); empty where not asked for."""
+    num_tokens, width = x_TI.shape
+    sites = len(shape.slots)
+    shrink, padded = a_RI is not None, _padded(shape.num_experts)
+    tile = chosen or tiles.route_tiles(num_tokens, width, padded, shrink)
+    kept = (sites, num_tokens, k) if store else (0,)
+    weight = x_TI.new_empty(kept, dtype=torch.float32)
+    index = x_TI.new_empty(kept, dtype=torch.int32)
+    hidden = x_TI.new_empty((num_tokens, sum(shape.slots)) if shrink else (0, 0))
+    high, low, split = _gates(gates)
+    block_r = min(tile.columns, _padded(max(shape.slots))) if shrink else 16
+    grid = (triton.cdiv(num_tokens, tile.rows), sites, triton.cdiv(max(shape.slots), block_r) if shrink else 1)
+    route_shrink[grid](
+        x_TI, high, gates.shift_Z, tables.absent_Z, a_RI if shrink else high, tables.owner_R, hidden, weight, index,
+        num_tokens, width, x_TI.stride(0), hidden.stride(0), shape.num_experts, *_three(shape.slots),
+        _distances([high, low])[0],
+        K=k, NP=padded, ARROW=arrow, SPLIT=split, SHRINK=shrink, STORE=store,
+        BLOCK_T=tile.rows, BLOCK_R=block_r, BLOCK_I=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return weight, index, hidden
+
+
+def linear(
+    x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: GroupShape, chosen: tiles.Tiles | None = None
+) -> list[Tensor]:
+    """Per site y [T, O] = x W^T + hm B (+ bias)."""
+    num_tokens, width = x_TI.shape
+    outs = [w.shape[0] for w in sites.weights]
+    y = [x_TI.new_empty(num_tokens, o) for o in outs]
+    tile = chosen or tiles.choose(tiles.LINEAR_EXPAND, num_tokens, width)
+    blocks = sum(triton.cdiv(o, tile.columns) for o in outs)
+    biases = sites.biases or sites.weights
+    linear_expand[(triton.cdiv(num_tokens, tile.rows) * blocks,)](
+        x_TI, hidden_TR, sites.weights[0], biases[0], sites.b_RO[0], y[0],
+        num_tokens, width, x_TI.stride(0), hidden_TR.stride(0), *_three(outs), *_three(shape.slots),
+        *_distances(sites.weights), *_distances(biases), *_distances(sites.b_RO), *_distances(y),
+        SITES=len(outs), BIAS=bool(sites.biases), EVEN=width % tile.depth == 0,
+        BLOCK_T=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.depth,
+        BLOCK_R=min(64, _padded(max(shape.slots))), SWEEP=8,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def linear_in_pieces(x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: GroupShape) -> list[Tensor]:
+    """What `linear` gives, by the library's products: expand added to each piece of y while the L2 holds the piece."""
+    found, (rows, columns) = [], tiles.STOCK_PIECE
+    for site, h_TR in enumerate(hidden_TR.split(list(shape.slots), dim=1)):
+        weight_IO, b_RO = sites.weights[site].t(), sites.b_RO[site]
+        num_tokens, num_out = x_TI.shape[0], b_RO.shape[1]
+        y = x_TI.new_empty(num_tokens, num_out)
+        for t in range(0, num_tokens, rows):
+            for o in range(0, num_out, columns):
+                piece, x, w = y[t : t + rows, o : o + columns], x_TI[t : t + rows], weight_IO[:, o : o + columns]
+                if sites.biases:
+                    torch.addmm(sites.biases[site][o : o + columns], x, w, out=piece)
+                else:
+                    torch.mm(x, w, out=piece)
+                piece.addmm_(h_TR[t : t + rows], b_RO[:, o : o + columns])
+        found.append(y)
+    return found
+
+
+def decode(
+    x_TI: Tensor,
+    gates: PreparedGates,
+    tables: GroupTables,
+    shape: GroupShape,
+    k: int,
+    arrow: bool,
+    a_RI: Tensor,
+    sites: Sites,
+) -> list[Tensor]:
+    """Per site y [T, O] for T <= 64: base and gate products in one launch, routing and experts in one or two."""
+    num_tokens, width = x_TI.shape
+    outs = [w.shape[0] for w in sites.weights]
+    y = [x_TI.new_empty(num_tokens, o) for o in outs]
+    high, low, split = _gates(gates)
+    num_gates = high.shape[0]
+    dot = x_TI.new_empty(num_tokens, num_gates, dtype=torch.float32)
+    one = num_tokens == 1
+    tile = tiles.choose(tiles.DECODE_ONE, 1, width) if one else tiles.Tiles(1, 16, 128, 4, 3)
+    block_o, block_i = tile.columns, tile.depth
+    biases = sites.biases or sites.weights
+    grid = triton.cdiv(num_gates, block_o) + sum(triton.cdiv(o, block_o) for o in outs)
+    decode_base[(grid,)](
+        x_TI, sites.weights[0], biases[0], high, low, y[0], dot, num_tokens, width, x_TI.stride(0), num_gates,
+        *_three(outs), *_distances(sites.weights), *_distances(biases), *_distances(y),
+        SITES=len(outs), BIAS=bool(sites.biases), SPLIT=split, ROWS=1 if one else _padded(num_tokens),
+        BLOCK_O=block_o, BLOCK_I=block_i, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    _update(x_TI, dot, gates, tables, shape, k, arrow, a_RI, sites.b_RO, y)
+    return y
+
+
+def _update(
+    x_TI: Tensor, dot_TZ: Tensor, gates: PreparedGates, tables: GroupTables, shape: GroupShape, k: int, arrow: bool,
+    a_RI: Tensor, b_RO: list[Tensor], y: list[Tensor],
+) -> None:  # fmt: skip
+    num_tokens, width = x_TI.shape
+    outs = [t.shape[1] for t in y]
+    rank, chosen = _padded(shape.widest, 1), triton.next_power_of_2(k)
+    rows = rank * chosen
+    split = rows * width * x_TI.element_size() > FUSED_DECODE_BYTES
+    splits = triton.cdiv(width, DECODE_SPLIT) if split else 1
+    part = x_TI.new_empty((num_tokens, len(outs), splits, rows) if split else (1,), dtype=torch.float32)
+    tile = tiles.choose(tiles.DECODE_UPDATE, num_tokens, width)
+    block_o = tile.columns if num_tokens <= 8 else max(256, tile.columns)
+    block_o = max(16, min(block_o, tile.depth // rows))
+    blocks_o = triton.cdiv(max(outs), block_o)
+    block_i = max(16, min(triton.next_power_of_2(width), tile.depth // rows))
+    for phase in (1, 2) if split else (0,):
+        decode_update[(num_tokens, len(outs), splits if phase == 1 else blocks_o)](
+            x_TI, dot_TZ, gates.shift_Z, tables.absent_Z, tables.start_Z, tables.rank_Z, a_RI, b_RO[0], y[0], part,
+            width, x_TI.stride(0), shape.num_experts, len(outs), *_three(outs), *_three(shape.slots)[:2],
+            *_distances(b_RO), *_distances(y), splits,
+            K=k, KP=chosen, NP=_padded(shape.num_experts), RP=rank, ARROW=arrow, SITES=len(outs), PHASE=phase,
+            BLOCK_O=block_o, BLOCK_I=block_i,
+            BLOCK_X=min(2048, triton.next_power_of_2(width)), num_warps=tile.warps,
+        )  # fmt: skip
+
+
+def sort_pairs(index_STK: Tensor, num_experts: int) -> Pairs:
+    """Counting sort of every (site, slot) list by expert, stable, in two launches."""
+    sites, num_tokens, k = index_STK.shape
+    lists, padded = sites * k, _padded(num_experts)
+    blocks = triton.cdiv(num_tokens, SORT_BLOCK)
+    count = index_STK.new_empty(lists, blocks, padded)
+    order = index_STK.new_empty(lists, num_tokens)
+    total = index_STK.new_empty(lists, padded)
+    count_experts[(blocks, lists)](index_STK, count, num_tokens, NP=padded, K=k, BLOCK=SORT_BLOCK)
+    place_tokens[(blocks, lists)](
+        index_STK, count, order, total, num_tokens, NP=padded, K=k, BLOCK=SORT_BLOCK, CHUNK=16, num_warps=8
+    )
+    return Pairs(order, total)
+
+
+def _tile_rows(num_tokens: int, num_experts: int) -> int:
+    """Tokens in a tile: about what an expert gets, 16 to 128."""
+    return max(16, min(128, triton.next_power_of_2(num_tokens // max(num_experts, 1) + 1)))
+
+
+def shrink_pairs(
+    x_TI: Tensor, rows_RI: Tensor, tables: GroupTables, shape: GroupShape, pairs: Pairs, k: int,
+    weight_STK: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """h [L, T, RP] in x's dtype and sorted order: rows of each pair's expert times its token (times its weight)."""
+    num_tokens, width = x_TI.shape
+    lists, padded = pairs.total_LN.shape
+    rank, block_t = _padded(shape.widest), _tile_rows(num_tokens, shape.num_experts)
+    hidden = x_TI.new_empty(lists, num_tokens, rank)
+    grid = (triton.cdiv(num_tokens, block_t) + shape.num_experts, lists)
+    grouped_shrink[grid](
+        x_TI, rows_RI, tables.start_Z, tables.rank_Z, pairs.order_LT, pairs.total_LN,
+        hidden if weight_STK is None else weight_STK, hidden, num_tokens, width, x_TI.stride(0), shape.num_experts,
+        NP=padded, K=k, RP=rank, WEIGHTED=weight_STK is not None, BLOCK_T=block_t, BLOCK_I=64, num_warps=4,
+    )  # fmt: skip
+    return hidden
+
+
+def expand_pairs_(
+    y_TO: Tensor, hidden_LTR: Tensor, rows_RO: Tensor, tables: GroupTables, shape: GroupShape, pairs: Pairs, k: int,
+    site: int, base_slot: int,
+) -> Tensor:  # fmt: skip
+    """y += sum over the site's K lists of h times the expert's rows [R_site, O]; one pass over y a list."""
+    num_tokens, num_out = y_TO.shape
+    padded = pairs.total_LN.shape[1]
+    block_t = _tile_rows(num_tokens, shape.num_experts)
+    block_o = 128 if num_out > 64 else 64
+    grid = (triton.cdiv(num_tokens, block_t) + shape.num_experts, triton.cdiv(num_out, block_o))
+    for j in range(k):
+        grouped_expand[grid](
+            hidden_LTR, rows_RO, tables.start_Z, tables.rank_Z, pairs.order_LT, pairs.total_LN, y_TO,
+            site * k + j, site, base_slot, num_tokens, num_out, y_TO.stride(0), shape.num_experts,
+            NP=padded, RP=hidden_LTR.shape[2], BLOCK_T=block_t, BLOCK_O=block_o, num_warps=4,
+        )  # fmt: skip
+    return y_TO
+
+
+def outer_pairs(
+    hidden_LTR: Tensor, x_TI: Tensor, tables: GroupTables, shape: GroupShape, pairs: Pairs, k: int,
+    site: int, base_slot: int,
+) -> Tensor:  # fmt: skip
+    """fp32 [R_site, I]: per expert the sum over its pairs of h^T x."""
+    num_tokens, width = x_TI.shape
+    out = x_TI.new_zeros(shape.slots[site], width, dtype=torch.float32)
+    block_i = 64
+    grouped_outer[(shape.num_experts, triton.cdiv(width, block_i))](
+        hidden_LTR, x_TI, tables.start_Z, tables.rank_Z, pairs.order_LT, pairs.total_LN, out,
+        site * k, site, base_slot, num_tokens, width, x_TI.stride(0), shape.num_experts,
+        NP=pairs.total_LN.shape[1], K=k, RP=hidden_LTR.shape[2], BLOCK_P=64, BLOCK_I=block_i, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,111 @@
+"""What a site adds to its linear while experts or gates are trained: every row's own expert.
+
+The tensors of a site are attributes, put there before each forward by routing/training.py: the layers of a model then look alike
+to torch.compile, which makes one graph for all of them. Compiled and eager code compute the same in two ways, each with what it
+is good at. Callers: routing/training.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import QuietGooseError
+from ..kernels.routed_lora import add_row_lora, gate_logits
+
+
+@dataclass
+class RowContext:
+    """What the sites of a model read during one forward and its backward: the adapters (and gates) of every group of rows,
+    and the share [B, T, 1] with which a token's adapter counts at every site. A group is rows of one expert, one after
+    another; all groups are equally large (Batch.group_G), or every row is one."""
+
+    adapters: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    gates: list[Tensor] | None = None
+    shares: Sequence[Tensor] | None = None
+
+
+class InputGroup:
+    """Sites that read one input (q, k, v; gate, up), in the order of their calls. In compiled code the first of them shrinks
+    for all, so the input is read once forward and once backward; the last lets go of what waits. A site that is called with another
+    input, or out of order, shrinks by itself."""
+
+    def __init__(self) -> None:
+        self.parts: tuple[Tensor, ...] = ()
+        self.x: Tensor | None = None
+        self.h_GTR: Tensor | None = None
+
+    def bind(self, members: Sequence[RowAdapter]) -> None:
+        """The members' A, and where each finds its part."""
+        self.parts = tuple(member.a_GRI for member in members)  # type: ignore[misc]
+        start = 0
+        for number, (member, a_GRI) in enumerate(zip(members, self.parts)):
+            member.first, member.last, member.start = number == 0, number == len(members) - 1, start
+            start += a_GRI.shape[1]
+
+
+class RowAdapter(nn.Module):
+    """Adds every row's own expert at one site."""
+
+    def __init__(self, site: str, scale: float) -> None:
+        super().__init__()
+        self.site, self.scale = site, scale
+        self.a_GRI: Tensor | None = None
+        self.b_GOR: Tensor | None = None
+        self.gate_GI: Tensor | None = None
+        self.share_BT1: Tensor | None = None
+        self.group: InputGroup | None = None
+        self.first, self.last, self.start = True, True, 0
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [B, T, I] or [1, B*T, I], y alike -> y + scale * g * B_e A_e x, shape of y."""
+        a_GRI, b_GOR = self.a_GRI, self.b_GOR
+        assert a_GRI is not None, "the rows' experts are set before the forward"
+        assert b_GOR is not None
+        groups, width = a_GRI.shape[0], x.shape[-1]
+        if x.numel() % (groups * width):
+            raise QuietGooseError(
+                f"site {self.site}: input {tuple(x.shape)} does not divide into the batch's {groups} groups of rows",
+                code="RTE-003",
+            )
+        x_GTI, y_GTO = x.reshape(groups, -1, width), y.reshape(groups, -1, y.shape[-1])
+        gate_GT1 = None if self.share_BT1 is None else self.share_BT1.reshape(groups, -1, 1)
+        if not torch.compiler.is_compiling():
+            if self.gate_GI is not None:
+                gate_GT1 = torch.sigmoid(gate_logits(x_GTI, self.gate_GI)).to(x.dtype)
+            return add_row_lora(y_GTO, x_GTI, a_GRI, b_GOR, gate_GT1, self.scale).view_as(y)
+        if self.gate_GI is not None:
+            gate_GT1 = torch.sigmoid(_logits(x_GTI, self.gate_GI)).to(x.dtype)
+        return _add(y_GTO, self._shrink(x, x_GTI), b_GOR, gate_GT1, self.scale).view_as(y)
+
+    def _shrink(self, x: Tensor, x_GTI: Tensor) -> Tensor:
+        """A x [G, T, R] of this site; in compiled code only."""
+        a_GRI, group = self.a_GRI, self.group
+        assert a_GRI is not None
+        if group is None:
+            return torch.bmm(x_GTI, a_GRI.transpose(1, 2))
+        if self.first:
+            group.x = x
+            group.h_GTR = torch.bmm(x_GTI, torch.cat(group.parts, dim=1).transpose(1, 2))
+        if group.x is x and group.h_GTR is not None:
+            h_GTR = group.h_GTR.narrow(2, self.start, a_GRI.shape[1])
+        else:
+            h_GTR = torch.bmm(x_GTI, a_GRI.transpose(1, 2))
+        if self.last:
+            group.x = group.h_GTR = None
+        return h_GTR
+
+
+def _logits(x_GTI: Tensor, v_GI: Tensor) -> Tensor:
+    """x . v [G, T, 1] in v's dtype, which a compiler fuses into another reading of x; eager code takes the kernel that keeps no
+    wide copy of x."""
+    return (x_GTI.to(v_GI.dtype) * v_GI[:, None]).sum(-1, keepdim=True)
+
+
+def _add(y_GTO: Tensor, h_GTR: Tensor, b_GOR: Tensor, gate_GT1: Tensor | None, scale: float) -> Tensor:
+    """y + scale * g * B h, the sum left to the compiler to fuse into what reads it next, where baddbmm would copy y first."""
+    update_GTO = torch.bmm(h_GTR if gate_GT1 is None else h_GTR * gate_GT1, b_GOR.transpose(1, 2))
+    return y_GTO + (update_GTO if scale == 1.0 else scale * update_GTO)

@@ -1,0 +1,335 @@
+"""The routed kernels equal fp64 arithmetic: every formulation, forward and every gradient; interpreter on a CPU, compiled
+on a GPU (where bf16 joins in: the interpreter's matrix product does not know it)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from quietgoose.kernels.routed_lora import (
+    formulation,
+    gate_scores,
+    group_shape,
+    group_tables,
+    masked_hidden,
+    operators,
+    route_group,
+    split_gates,
+    tiles,
+)
+from quietgoose.kernels.testing import assert_close
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+
+# tokens, input width, output widths, ranks of every expert at every site, k
+CASES = {
+    "one token": (1, 40, (30,), [[3, 0, 5]], 2),
+    "three sites": (37, 48, (40, 24, 24), [[4, 4, 4, 4]] * 3, 2),
+    "mixed ranks": (63, 33, (20, 50), [[1, 2, 3, 4, 5], [2, 2, 0, 7, 1]], 3),
+    "one expert": (5, 24, (7,), [[4]], 1),
+    "k is N": (17, 16, (18,), [[2, 64, 1]], 3),
+    "k beyond those present": (9, 16, (18, 6), [[2, 0, 0], [1, 3, 2]], 3),
+}
+ON_GPU = {
+    "SmolLM2 qkv": (300, 576, (576, 192, 192), [[16] * 16] * 3, 2),
+    "SmolLM2 down": (100, 1536, (576,), [[16] * 16], 2),
+    "64 tokens": (64, 576, (1536, 1536), [[16] * 16] * 2, 4),
+    "many experts": (257, 192, (96,), [[16] * 166], 2),
+    "k is 8": (130, 576, (576,), [[16] * 16], 8),
+    "wide, one token": (1, 14336, (4096,), [[16] * 16], 2),
+}
+if GPU:
+    CASES |= ON_GPU
+
+
+class Problem(NamedTuple):
+    x: Tensor
+    vectors: Tensor
+    a: Tensor
+    b: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    ranks: list[list[int]]
+    k: int
+
+
+def problem(case: str, dtype: torch.dtype, seed: int = 0) -> Problem:
+    """Numbers of size one; gates point at rows of x, so that near ties are rare and every expert is chosen somewhere."""
+    tokens, width, outs, ranks, k = CASES[case]
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    count = len(ranks[0])
+    raw = normal(len(outs) * count, width)
+    vectors = torch.nn.functional.layer_norm(raw, (width,)).div_(width**0.5).float()
+    vectors[torch.tensor([rank == 0 for site in ranks for rank in site])] = 0
+    x = normal(tokens, width) * 2 + 0.5
+    a, b = normal(sum(map(sum, ranks)), width) / width**0.5, [normal(sum(r), o) for r, o in zip(ranks, outs)]
+    weights, biases = [normal(o, width) / width**0.5 for o in outs], [normal(o) for o in outs]
+    cast: Any = lambda t: t.to(DEVICE, dtype)  # noqa: E731
+    return Problem(
+        cast(x), vectors.to(DEVICE), cast(a), [*map(cast, b)], [*map(cast, weights)], [*map(cast, biases)], ranks, k
+    )
+
+
+def lists(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
+    """(gates, tables) as the operators take them."""
+    return list(split_gates(p.vectors, p.x.dtype)), list(group_tables(p.ranks, p.x.device))
+
+
+def exact(p: Problem, arrow: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(weights, index, update of every site) by the plain twin in fp64, on the very numbers the kernels read."""
+    shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
+    weights, index = route_group(
+        p.x.double(), p.vectors.double(), tables.absent_Z.double(), shape.num_experts, p.k, arrow
+    )
+    hidden = masked_hidden(p.x.double(), p.a.double(), tables.owner_R, shape.slots, weights, index, shape.num_experts)
+    parts = hidden.split(list(shape.slots), dim=1)
+    return weights, index, [h @ b.double() for h, b in zip(parts, p.b)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_formulation_equals_fp64(case: str, dtype: torch.dtype) -> None:
+    p = problem(case, dtype)
+    gates, tables = lists(p)
+    shape = group_shape(p.ranks)
+    updates = exact(p)[2]
+    methods = ["stock", "fused", "grouped", "grouped_reference", *(["decode"] if p.x.shape[0] <= 64 else [])]
+    for biases in ([], p.biases) if case == "three sites" else ([],):
+        plain = [p.x.double() @ w.double().t() for w in p.weights]
+        plain = [y + b.double() for y, b in zip(plain, biases)] if biases else plain
+        for method in methods:
+            got = torch.ops.quietgoose.routed_linears(
+                p.x, p.weights, biases, p.a, p.b, gates, tables, shape.num_experts, shape.widest, p.k, False, method
+            )
+            for site, (y, base, update) in enumerate(zip(got, plain, updates)):
+                assert y.is_contiguous()
+                assert_close(f"{method}, site {site}", y, base + update)
+
+
+@pytest.mark.parametrize("arrow", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_routing_equals_fp64_whatever_the_dtype_of_the_tokens(case: str, arrow: bool) -> None:
+    """Weights are within fp32's table entry although 16-bit products make them: gates are split in two parts."""
+    for dtype in DTYPES:
+        p = problem(case, dtype)
+        gates, tables = lists(p)
+        count = len(p.ranks[0])
+        want, index, _ = exact(p, arrow)
+        weight, chosen = torch.ops.quietgoose.route_experts(p.x, p.vectors, gates[1:], tables, count, p.k, arrow)
+        assert_close("weights", weight, want, dtype=torch.float32)
+        agree = (chosen == index) | (want == 0)
+        assert bool(agree.all()), f"{(~agree).sum()} of {agree.numel()} choices differ"
+
+
+def test_scores_from_the_raw_input_equal_standardised_products() -> None:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(20, 33, generator=g, dtype=torch.float64) * 3 + 7
+    v = torch.randn(5, 33, generator=g, dtype=torch.float64)  # its mean is not zero: the shift matters
+    standard = torch.nn.functional.layer_norm(x, (33,), eps=1e-5)
+    torch.testing.assert_close(gate_scores(x, v), standard @ v.t(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gate_scores(x, v, arrow=True), (x @ v.t()).abs(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arrow", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["three sites", "mixed ranks", *(["SmolLM2 qkv"] if GPU else [])])
+def test_gradients_of_routing_equal_fp64(case: str, dtype: torch.dtype, arrow: bool) -> None:
+    p = problem(case, dtype)
+    gates, tables = lists(p)
+    count = len(p.ranks[0])
+    x, vectors = p.x.clone().requires_grad_(), p.vectors.clone().requires_grad_()
+    weight, _ = torch.ops.quietgoose.route_experts(x, vectors, gates[1:], tables, count, p.k, arrow)
+    upstream = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    got = torch.autograd.grad(weight, (x, vectors), upstream)
+    x64, v64 = p.x.double().requires_grad_(), p.vectors.double().requires_grad_()
+    want = torch.autograd.grad(
+        route_group(x64, v64, tables[3].double(), count, p.k, arrow)[0], (x64, v64), upstream.double()
+    )
+    assert_close("x", got[0], want[0], direction="gradient")
+    assert_close("gates", got[1], want[1], dtype=torch.float32, direction="gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_grouped_experts_equal_fp64(case: str, dtype: torch.dtype) -> None:
+    p = problem(case, dtype)
+    shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
+    weights, index, _ = exact(p)
+    first = 0
+    for site, (b, ranks) in enumerate(zip(p.b, p.ranks)):
+        rows = slice(first, first + shape.slots[site])
+        mine = slice(site * shape.num_experts, (site + 1) * shape.num_experts)
+        leaves = [t.clone().requires_grad_() for t in (p.x, weights[site].float(), p.a[rows], b)]
+        y = torch.zeros(p.x.shape[0], b.shape[1], dtype=dtype, device=DEVICE, requires_grad=True)
+        out = torch.ops.quietgoose.grouped_experts(
+            y, leaves[0], leaves[1], index[site].int(), leaves[2], leaves[3],
+            tables.start_Z[mine] - first, tables.rank_Z[mine].clone(), max(ranks),
+        )  # fmt: skip
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
+        got = torch.autograd.grad(out, (y, *leaves), upstream)
+        twins = [t.detach().double().requires_grad_() for t in leaves]
+        hidden = masked_hidden(
+            twins[0], twins[2], tables.owner_R[rows], (shape.slots[site],), twins[1][None], index[site][None],
+            shape.num_experts,
+        )  # fmt: skip
+        want_out = hidden @ twins[3]
+        want = torch.autograd.grad(want_out, twins, upstream.double())
+        assert_close("y", out, want_out)
+        assert torch.equal(got[0], upstream)
+        for name, mine_, twin in zip(("x", "weights", "A", "B"), got[1:], want):
+            keep = (
+                weights[site] > 0 if name == "weights" else ...
+            )  # an absent expert's weight has no gradient to speak of
+            assert_close(f"site {site}, {name}", mine_[keep], twin[keep], dtype=dtype, direction="gradient")
+        first += shape.slots[site]
+
+
+def test_an_expert_that_no_token_chose_gets_gradient_zero() -> None:
+    p = problem("three sites", torch.float32)
+    tables = group_tables(p.ranks[:1], p.x.device)
+    index = torch.tensor([[0, 3]], dtype=torch.int32, device=DEVICE).expand(37, 2).contiguous()
+    a, b = p.a[:16].clone().requires_grad_(), p.b[0].clone().requires_grad_()
+    weight = torch.full((37, 2), 0.5, device=DEVICE)
+    y = torch.ops.quietgoose.grouped_experts(
+        torch.zeros(37, 40, device=DEVICE), p.x, weight, index, a, b, tables.start_Z, tables.rank_Z, 4
+    )
+    da, db = torch.autograd.grad(y.sum(), (a, b))
+    assert da[4:12].abs().max() == 0
+    assert db[4:12].abs().max() == 0
+    assert da[12:].abs().max() > 0
+    want = 0.5 * p.x @ (a[:4].t() @ b[:4] + a[12:].t() @ b[12:])
+    assert_close("y", y, want.detach())
+
+
+def test_a_long_shrink_is_split_over_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quietgoose.kernels.routed_lora import launch
+
+    monkeypatch.setattr(launch, "FUSED_DECODE_BYTES", 10)
+    monkeypatch.setattr(launch, "DECODE_SPLIT", 20)
+    for case in ("one token", "three sites", "k beyond those present"):
+        p = problem(case, torch.float32)
+        gates, tables = lists(p)
+        shape = group_shape(p.ranks)
+        got = torch.ops.quietgoose.routed_linears(
+            p.x, p.weights, [], p.a, p.b, gates, tables, shape.num_experts, shape.widest, p.k, False, "decode"
+        )
+        for y, w, update in zip(got, p.weights, exact(p)[2]):
+            assert_close(case, y, p.x.double() @ w.double().t() + update)
+
+
+def test_rows_of_a_wider_tensor_and_every_tile_shape() -> None:
+    """x need not be contiguous; all candidates of the tuning give the same numbers."""
+    from quietgoose.kernels.routed_lora import launch
+
+    p = problem("mixed ranks", torch.float32)
+    shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
+    wide = torch.full((63, 50), float("nan"), device=DEVICE)
+    wide[:, 5:38] = p.x
+    x = wide[:, 5:38]
+    gates = split_gates(p.vectors, x.dtype)
+    updates = exact(p)[2]
+    count = max(len(tiles.CANDIDATES[name]) for name in ("route_shrink", "linear_expand"))
+    for number in range(count):
+        shrink, product = (
+            tiles.CANDIDATES[name][number % len(tiles.CANDIDATES[name])] for name in ("route_shrink", "linear_expand")
+        )
+        _, _, hidden = launch.route(x, gates, tables, shape, p.k, False, p.a, store=False, chosen=shrink)
+        got = launch.linear(x, hidden, launch.Sites(p.weights, [], p.b), shape, chosen=product)
+        for y, w, update in zip(got, p.weights, updates):
+            assert_close(f"{shrink} {product}", y, p.x.double() @ w.double().t() + update)
+
+
+def test_pieces_of_the_library_product_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "STOCK_PIECE", [16, 7])
+    p = problem("mixed ranks", torch.float32)
+    gates, tables = lists(p)
+    shape = group_shape(p.ranks)
+    got = torch.ops.quietgoose.routed_linears(
+        p.x, p.weights, p.biases, p.a, p.b, gates, tables, shape.num_experts, shape.widest, p.k, False, "stock"
+    )
+    for y, w, bias, update in zip(got, p.weights, p.biases, exact(p)[2]):
+        assert_close("y", y, p.x.double() @ w.double().t() + bias.double() + update)
+
+
+def test_the_sort_is_stable_and_complete() -> None:
+    from quietgoose.kernels.routed_lora import launch
+
+    index = torch.randint(0, 37, (2, 301, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    order, total = launch.sort_pairs(index.to(DEVICE), 37)
+    for one, tokens, counts in zip(index.permute(0, 2, 1).reshape(6, 301), order.cpu(), total.cpu()):
+        assert torch.equal(tokens.long(), one.long().sort(stable=True).indices)
+        assert torch.equal(counts[:37].long(), torch.bincount(one, minlength=37))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [4096, 32768])
+@pytest.mark.parametrize(("width", "outs"), [(576, (576, 192, 192)), (4096, (1024, 1024)), (1536, (576,))])
+def test_many_tokens_equal_fp64_and_themselves(tokens: int, width: int, outs: tuple[int, ...]) -> None:
+    """As many programs at a time as a GPU holds, in bf16, five times: a race shows as two different answers."""
+    CASES["many tokens"] = (tokens, width, outs, [[16] * 16] * len(outs), 2)
+    p = problem("many tokens", torch.bfloat16)
+    gates, tables = lists(p)
+    ends = torch.cat([torch.arange(512), torch.arange(tokens - 512, tokens)]).to(DEVICE)
+    updates = exact(p._replace(x=p.x[ends]))[2]
+    for method in ("fused", "stock", "grouped", "grouped_reference"):
+        first: list[Tensor] = []
+        for _ in range(5):
+            got = torch.ops.quietgoose.routed_linears(
+                p.x, p.weights, [], p.a, p.b, gates, tables, 16, 16, p.k, False, method
+            )
+            first = first or got
+            assert all(torch.equal(a, b) for a, b in zip(got, first)), method
+        for y, w, update in zip(first, p.weights, updates):
+            assert_close(method, y[ends], p.x[ends].double() @ w.double().t() + update)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_tiles_of_many_tokens_give_the_same_numbers(dtype: torch.dtype) -> None:
+    """What 4,096 and 32,768 tokens take, with several slot blocks and a last block of tokens that is not full."""
+    from quietgoose.kernels.routed_lora import launch
+
+    CASES["many slots"] = (150, 96, (40, 24), [[16] * 20] * 2, 2)
+    p = problem("many slots", dtype)
+    shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
+    gates, updates = split_gates(p.vectors, dtype), exact(p)[2]
+    for tokens in (4096, 32768):
+        tile = tiles.choose(tiles.ROUTE_SHRINK, tokens, 96)
+        _, _, hidden = launch.route(p.x, gates, tables, shape, p.k, False, p.a, store=False, chosen=tile)
+        product = tiles.choose(tiles.LINEAR_EXPAND, tokens, 96)
+        got = launch.linear(p.x, hidden, launch.Sites(p.weights, [], p.b), shape, chosen=product)
+        for y, w, update in zip(got, p.weights, updates):
+            assert_close(f"{tokens} tokens", y, p.x.double() @ w.double().t() + update)
+
+
+def test_every_call_has_a_formulation() -> None:
+    assert formulation(1, 16, 576) == "decode"
+    assert formulation(10**6, 10**6, 10**6, unverified=True) == "grouped"
+    known = {"decode", "fused", "stock", "grouped"}
+    for tokens in (1, 64, 65, 4096, 32768):
+        for slots in (16, 256, 1024, 2656):
+            for width in (192, 4096):
+                assert formulation(tokens, slots, width, unverified=True) in known
+                assert formulation(tokens, slots, width, True, True) in known - {"fused"}
+                assert formulation(tokens, slots, width) in known | {"grouped_reference"}
+    assert operators is not None
+
+
+@pytest.mark.skipif(tiles.VERIFIED_TOKENS == tiles.LIMITLESS, reason="everything is confirmed")
+def test_what_no_gpu_has_confirmed_is_taken_on_request_only() -> None:
+    for width in (576, 4096):
+        assert formulation(512, 256, width) in {"fused", "stock"}
+        for tokens in (513, 4096, 32768):
+            assert formulation(tokens, 256, width) == "grouped_reference"
+            assert formulation(tokens, 256, width, unverified=True) in {"fused", "stock"}
