@@ -5,6 +5,8 @@ above needs DeepSpeed to talk to its peers. Callers: train/, evaluation/.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -87,6 +89,36 @@ def on_main(action: Callable[[], ObjectT]) -> ObjectT:
     if isinstance(outcome, QuietGooseError):
         raise outcome
     return outcome
+
+
+def on_main_patiently(action: Callable[[], ObjectT], look_seconds: float = 1.0) -> ObjectT:
+    """As `on_main`, for work that may take longer than a collective may: the action runs in a thread of rank 0 while all ranks
+    ask every `look_seconds` whether it is done. Collective."""
+    if not active():
+        return action()
+    box: list[ObjectT] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(device)
+            box.append(action())
+        except BaseException as error:
+            failures.append(error)
+
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    thread = threading.Thread(target=work, name="quietgoose-main", daemon=True)
+    if world().is_main:
+        thread.start()
+    while not broadcast(not thread.is_alive()):
+        time.sleep(look_seconds)
+    if failures and not isinstance(failures[0], QuietGooseError):
+        raise failures[0]  # the others are told by the end of this process
+    failed = broadcast(failures[0] if failures else None)
+    if failed is not None:
+        raise failed
+    return broadcast(box[0] if world().is_main else None)  # type: ignore[return-value]
 
 
 def gather(value: ObjectT) -> list[ObjectT]:

@@ -3,7 +3,7 @@
 page.html is the shell (head, shared style, shared script); a page brings a fragment with its own `<noscript>`, `<style>`
 and `<script>`. A content policy allows exactly the page's own style and script by their hashes. The data stand as JSON in
 an inert block with `<`, `>` and `&` escaped; the script puts text in by textContent only, and characters that would change
-direction or hide are spelt out. Callers: report.py, thoughts_report.py.
+direction or hide are spelt out. Callers: report.py, thoughts_report.py, images_report.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 SHELL = Path(__file__).with_name("page.html")
 
 
-def render(fragment: Path, page: Mapping[str, Any]) -> str:
-    """The page as text: shell, fragment, the hashes of their style and script, and the data.
+def render(fragment: Path, page: Mapping[str, Any], *, images: bool = False) -> str:
+    """The page as text: shell, fragment, the hashes of their style and script, and the data. `images`: pictures that stand
+    in the data (data: addresses) may be shown; none from elsewhere ever.
 
     `page` holds JSON values with `title` (text), `facts` ([name, value] pairs) and `notes` (texts) among them; numbers
     that JSON lacks become null.
@@ -34,7 +35,7 @@ def render(fragment: Path, page: Mapping[str, Any]) -> str:
     script = _between(template, "<script>", "</script>")
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"{'img-src data:; ' if images else ''}base-uri 'none'; form-action 'none'"
     )
     encoded = json.dumps(_visible_all(page), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
