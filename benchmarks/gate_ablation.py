@@ -84,6 +84,7 @@ def context_of(recipe: Recipe, run: Path, device: torch.device, world: Any, seen
         event=lambda *args, **fields: None,
         progress=lambda *args: None,
         facts={},
+        run=lambda recipe: None,
     )
 
 

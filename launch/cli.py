@@ -4,6 +4,7 @@ quietgoose doctor                      what is missing on this machine
 quietgoose train --config RECIPE ...   the DeepSpeed launcher around launch/train.py; every setting is an option
 quietgoose evaluate --model PATH ...   launch/evaluate.py
 quietgoose generate --model PATH ...   launch/generate.py
+quietgoose sample --model PATH ...     launch/sample.py: images of an exported U-Net
 quietgoose stop [--now] RUN            save after this step and stop; --now: stop without saving
 quietgoose sync RUN                    send MLflow what it has not got
 """
@@ -38,11 +39,12 @@ def train(argv: Sequence[str]) -> int:
     if command.dry_run:
         from quietgoose.train.plan import show_plan
 
-        show_plan(command.recipe, own.processes or 1)
+        show_plan(command.recipe, own.processes or 1, [word for word in rest if word != "--dry_run"])
         return 0
+    from quietgoose.train.compare_settings import outcome_folder
     from quietgoose.train.launcher import launch
 
-    return launch(Path(command.recipe.output), rest, own.processes, launcher)
+    return launch(outcome_folder(command.recipe), rest, own.processes, launcher)
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -55,6 +57,12 @@ def generate(argv: Sequence[str]) -> int:
     from quietgoose.launch.generate import main as speak
 
     return speak(argv)
+
+
+def sample(argv: Sequence[str]) -> int:
+    from quietgoose.launch.sample import main as draw
+
+    return draw(argv)
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -90,7 +98,8 @@ def sync(argv: Sequence[str]) -> int:
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "doctor": doctor, "train": train, "evaluate": evaluate, "generate": generate, "stop": stop, "sync": sync,
+    "doctor": doctor, "train": train, "evaluate": evaluate, "generate": generate, "sample": sample,
+    "stop": stop, "sync": sync,
 }  # fmt: skip
 
 

@@ -23,15 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     install_excepthook()
     rank = int(os.environ.get("RANK", "0"))
     try:
+        arguments = list(sys.argv[1:] if argv is None else argv)
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
             if rank != 0:  # --help and --print_config print once
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
-            command = parse_command(sys.argv[1:] if argv is None else argv)
+            command = parse_command(arguments)
         if command.dry_run:
             if rank == 0:
                 from quietgoose.train.plan import show_plan
 
-                show_plan(command.recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
+                world = int(os.environ.get("WORLD_SIZE", "1"))
+                show_plan(command.recipe, world, [word for word in arguments if word != "--dry_run"])
             return 0
     except QuietGooseError as error:
         return exit_with(error, rank)

@@ -18,7 +18,7 @@ from .redaction import redact
 from .settings import flatten, plain
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors", "tokenizers")
-ROOMS = ("base", "kernels", "cache", "routing", "thoughts", "evaluation", "train")
+ROOMS = ("base", "kernels", "cache", "routing", "thoughts", "alignment", "evaluation", "train")
 MOST_SHOWN = 10
 
 

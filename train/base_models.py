@@ -244,11 +244,13 @@ def _on_meta(settings: BaseSettings, dtype: torch.dtype, cache: Path, nano: Path
 
 
 def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
+    """(snapshot, `owner/name@commit`); such an id, which exports hold, names its own revision."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    name, _, commit = name.partition("@")
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
+        folder = snapshot_download(name, revision=commit or revision, allow_patterns=HUB_FILES)
     except (HfHubHTTPError, HFValidationError) as error:
         raise RecipeError(
             f"base.model: {name}: no file or folder here and no such model on the hub ({str(error).splitlines()[0]})",

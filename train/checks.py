@@ -14,8 +14,10 @@ from pathlib import Path
 
 from ..base.errors import QuietGooseError, RecipeError, suggest
 from ..base.files import safe_name
+from .image_checks import check_images, draws_images, finished, image_needs, image_ranges
 from .recipe import STAGES, BaseSettings, Recipe, SourceSettings, TrainSettings
 from .safe_yaml import read_yaml
+from .speed_checks import check_speed
 from .thought_settings import (
     ROUTED,
     check_thoughts,
@@ -35,7 +37,7 @@ def check_recipe(recipe: Recipe) -> list[Problem]:
     if recipe.version != 1:
         return [("CFG-002", f"version: {recipe.version}; this release reads version 1")]
     checks: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
-        _ranges, _stages, _strategies, _base, _data, _experts, _thoughts, _router, _evaluate, _tracking, _resume,
+        _ranges, _stages, _strategies, check_speed, *(LANGUAGE if not draws_images(recipe) else (check_images,)), _tracking, _resume,
     )  # fmt: skip
     problems: list[Problem] = []
     for check in checks:
@@ -50,7 +52,7 @@ def trains(recipe: Recipe) -> dict[str, TrainSettings]:
     """Training settings of the stages that train and are listed."""
     known = {
         "base": recipe.base.train, "experts": recipe.experts.train, "gates": recipe.gates.train,
-        "thoughts": recipe.thoughts.train,
+        "thoughts": recipe.thoughts.train, "urepa": recipe.urepa.train,
     }  # fmt: skip
     return {name: known[name] for name in recipe.stages if name in known}
 
@@ -85,6 +87,8 @@ def _ranges(recipe: Recipe) -> Iterator[Problem]:
             numbers.append((f"evaluate.{name}", limit, 1, 1 << 40))
     if "thoughts" in recipe.stages:
         numbers += thought_ranges(recipe)
+    if draws_images(recipe):
+        numbers += image_ranges(recipe)
     for stage, train in trains(recipe).items():
         numbers += _train_ranges(f"{stage}.train", train)
     for name, value, low, high in numbers:
@@ -127,9 +131,10 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
         needs["thoughts"] = [*needs["gates"], *(["gates"] if recipe.thoughts.over == ROUTED else [])]
     routed = has_experts(recipe)
     needs["evaluate"] = needs["export"] = [*needs["gates"], "gates"] if routed else [*_needs_base(recipe), "thoughts"]
+    needs |= image_needs(recipe)
     for stage in stages:
         for needed in needs.get(stage, []):
-            if needed not in stages and not _finished(recipe, needed):
+            if needed not in stages and not finished(recipe, needed):
                 yield (
                     "CFG-020",
                     f"stages: '{stage}' needs the result of '{needed}', which {recipe.output} does not have; "
@@ -144,10 +149,6 @@ def _needs_base(recipe: Recipe) -> list[str]:
 
 def _needs_experts(recipe: Recipe) -> list[str]:
     return ["experts"] if recipe.data.collection or recipe.data.experts else []
-
-
-def _finished(recipe: Recipe, stage: str) -> bool:
-    return (Path(recipe.output) / "stages" / stage / "DONE.json").is_file()
 
 
 def _strategies(recipe: Recipe) -> Iterator[Problem]:
@@ -394,3 +395,6 @@ def _resume(recipe: Recipe) -> Iterator[Problem]:
         yield "CFG-008", "resume.step: is set while resume.mode is never; set resume.mode: required, or drop the step"
     if recipe.resume.step is not None and recipe.resume.step < 0:
         yield "CFG-003", f"resume.step: {recipe.resume.step}; at least 0"
+
+
+LANGUAGE = (_base, _data, _experts, _thoughts, _router, _evaluate)

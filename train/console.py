@@ -114,7 +114,7 @@ class StageConsole:
         self._rate = rate if old is None else SMOOTHING * self._rate + (1 - SMOOTHING) * rate
         left = duration(self._seconds * (self._total - self._done))
         thoughts = thought_facts(report)
-        self._last = f"loss {report.loss:.4f}{thoughts}, {self._rate:,.0f} tokens/s, {left} left"
+        self._last = f"loss {report.loss:.4f}{thoughts}, {self._rate:,.0f} {report.unit}/s, {left} left"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self._done, facts=self._last)
         elif time.monotonic() - self._shown >= self._console.plain_seconds:

@@ -36,6 +36,7 @@ from .thought_settings import BASE, ROUTED, ROUTERS
 
 MANIFEST = "quietgoose.json"
 THINKING = "thinking"
+IMAGES = "images"
 FORMAT = 1
 
 
@@ -101,8 +102,9 @@ def load(
     device: str | torch.device | None = None,
     attention: str = "sdpa",
     thoughts: bool | None = None,
-) -> PreTrainedModel:
-    """Open an exported folder as a Hugging Face causal LM whose every token picks its experts, and which can think.
+) -> Any:
+    """Open an exported folder as a Hugging Face causal LM whose every token picks its experts, and which can think. The
+    export of a U-Net opens as an ImageSampler (train/export_images.py), for which `device` is the only option.
 
     base       overrides where the base model is found (its hash must be the one recorded)
     router     one of phatgoose, arrow, random, uniform; default: the exported one
@@ -117,6 +119,8 @@ def load(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    if manifest.get("kind") == IMAGES:
+        return _image_sampler(folder, manifest, device, base, router, k, experts, thoughts)
     loaded = _load_base(folder, manifest["base"], base, attention, device)
     model = cast(PreTrainedModel, loaded.model)
     changed = any(option is not None for option in (router, k, experts))
@@ -136,6 +140,17 @@ def load(
         )
     attach(model, library, name, k or manifest["router"]["k"])
     return model
+
+
+def _image_sampler(folder: Path, manifest: Mapping[str, Any], device: Any, *language: Any) -> Any:
+    """RecipeError CFG-031 if an option of language models is given."""
+    if any(option is not None for option in language):
+        raise RecipeError(
+            f"{folder}: draws images; base, router, k, experts and thoughts are of language models", code="CFG-031"
+        )
+    from .export_images import open_sampler
+
+    return open_sampler(folder, manifest, device)
 
 
 def _wants_thoughts(manifest: Mapping[str, Any], thoughts: bool | None, changed: bool) -> bool:
@@ -245,13 +260,14 @@ def _card(
         if names
         else "It has no experts."
     )
-    tags = [*(["mixture-of-experts", "phatgoose"] if names else []), *(["quiet-star"] if thinking else [])]
+    thinks = thinking is not None and thinking.config.thinks
+    tags = [*(["mixture-of-experts", "phatgoose"] if names else []), *(["quiet-star"] if thinks else [])]
     return f"""---
 library_name: quietgoose
 base_model: {base.id}
 tags: [{", ".join(["lora", *tags])}]
 ---
-# {f"A routed model of {len(names)} LoRA experts" if names else "A model that thinks"}
+# {f"A routed model of {len(names)} LoRA experts" if names else "A model that thinks" if thinks else "A fine-tuned model"}
 
 Base: `{base.id}`{notes}. {routed}
 
@@ -278,6 +294,8 @@ Experts: {", ".join(names)}.
 def _card_of_thoughts(thinking: Thinking | None) -> str:
     if thinking is None:
         return ""
+    if not thinking.config.thinks:
+        return f"\nA control without thoughts, trained on the same text (over: {thinking.over}; in `{THINKING}/`). It cannot think.\n"
     return f"""
 It learned to think {thinking.config.tokens} tokens before each token (Quiet-STaR, over: {thinking.over}; in `{THINKING}/`):
 

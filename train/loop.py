@@ -5,19 +5,24 @@ Called by the stages through train/pipeline.py: `train(engine, data, checkpoints
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..base.errors import NumericError, StopRequested, StorageError
+from ..base.errors import DataError, NumericError, StopRequested, StorageError
 from . import faults
 from .checkpoint import Checkpoints
 from .engine import Engine
 from .recipe import ResumeSettings
+from .stalls import SlowRanks
 from .stop import StopControl
 from .types import StepBatch, StepReport
+from .verdict import Pending
 
 BAD_STEPS_IN_ROW = 3
+EMPTY_STEPS_IN_ROW = 10
 FAILED_SAVES_IN_ROW = 3
 
 
@@ -50,25 +55,33 @@ def train(
     kill between training and export costs nothing.
 
     StopRequested (75 saved, 76 not) after a signal or the stop file; NumericError NUM-001 after three bad steps in a
-    row; StorageError IO-001 after three saves in a row that the disk refused.
+    row, DataError DATA-004 after ten without a label token; StorageError IO-001 after three saves in a row that the disk refused.
     """
     with stop.watching():
         first = checkpoints.resume(engine, resume)
         saved = first
+        waiting: deque[Pending] = deque()
+        slow = SlowRanks(engine.world)
         for step in range(first, total_steps):
             stop.beat(f"data of step {step}")
+            began = time.perf_counter()
             batch = data.step(step)
-            stop.beat(f"step {step}")
             faults.point("step", step)
-            report = engine.step(batch, stop.flags)
-            for callback in callbacks:
-                callback.on_step(report)
-            _guard(engine, report, callbacks)
+            own = time.perf_counter() - began
+            stop.beat(f"step {step}")
+            waiting.append(
+                engine.submit(batch, lambda own=own: (*stop.flags(), *slow.share(own, engine.forward_seconds)))
+            )
             done = step + 1
-            wanted, at_once = engine.flags
+            saving = done % every == 0 or done == total_steps
+            wanted, at_once = _reports(engine, waiting, callbacks, slow, 0 if saving else engine.lag)
+            if wanted or at_once:  # asked for in a step before the last, maybe
+                wanted, at_once = (
+                    max(pair) for pair in zip((wanted, at_once), _reports(engine, waiting, callbacks, slow, 0))
+                )
             if at_once:
                 raise StopRequested(f"{stop.reason()}: stopped after step {done}, not saved", saved=False)
-            if wanted or done % every == 0 or done == total_steps:
+            if wanted or saving:
                 stop.beat(f"save at step {done}")
                 saved = _save(engine, checkpoints, callbacks, done) or saved
             if wanted:
@@ -80,11 +93,35 @@ def train(
     return first
 
 
+def _reports(
+    engine: Engine, waiting: deque[Pending], callbacks: Sequence[Callback], slow: SlowRanks, keep: int
+) -> tuple[float, float]:
+    """Report submitted steps, oldest first, until `keep` are left; whether one of them carried the wish to stop, and to stop
+    at once."""
+    wanted = at_once = 0.0
+    while len(waiting) > keep:
+        report = engine.report(waiting.popleft())
+        for callback in callbacks:
+            callback.on_step(report)
+        _guard(engine, report, callbacks)
+        for one in slow.look(engine.flags[2:], report.seconds):
+            for callback in callbacks:
+                callback.on_event("rank_slow", code="QG-DIST-003", step=report.step, reason=str(one), **vars(one))
+        wanted, at_once = max(wanted, engine.flags[0]), max(at_once, engine.flags[1])
+    return wanted, at_once
+
+
 def _guard(engine: Engine, report: StepReport, callbacks: Sequence[Callback]) -> None:
     if not report.skipped:
         return
+    code = "DATA-004" if report.empty else "NUM-001"
     for callback in callbacks:
-        callback.on_event("step_skipped", code="QG-NUM-001", step=report.step, reason=engine.fault)
+        callback.on_event("step_skipped", code=f"QG-{code}", step=report.step, reason=engine.fault)
+    if engine.empty_in_row >= EMPTY_STEPS_IN_ROW:
+        raise DataError(
+            f"{engine.fault}, {engine.empty_in_row} steps in a row; check loss_on and the data, then start again",
+            code=code,
+        )
     if engine.skipped_in_row >= BAD_STEPS_IN_ROW:
         raise NumericError(
             f"{engine.fault}; {engine.skipped_in_row} bad steps in a row, {engine.skipped} in all. The last checkpoint "

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,16 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
 }
-STEP_FIELDS = ("loss", "learning_rate", "tokens_per_second", "seconds", "memory_gib", "tokens")
+STEP_FIELDS = (
+    "loss",
+    "learning_rate",
+    "tokens_per_second",
+    "images_per_second",
+    "seconds",
+    "memory_gib",
+    "tokens",
+    "images",
+)
 
 
 class Sink:
@@ -272,13 +281,22 @@ def _short(error: BaseException) -> str:
     return redact(str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__)
 
 
+_listener: int | None = None
+"""What the process that started this one reads from."""
+
+
+def keep_stdout_apart() -> None:
+    """MLflow prints to stdout (the address of a run that ended): only `tell` may write where the starter listens."""
+    global _listener
+    _listener = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def tell(state: str, say: str = "") -> None:
     """One line to the process that started this one; if it is gone there is nobody to tell."""
-    try:
-        sys.stdout.write(json.dumps({"state": state, "say": say}) + "\n")
-        sys.stdout.flush()
-    except (BrokenPipeError, ValueError):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  lives as long as the process
+    if _listener is not None:
+        with suppress(BrokenPipeError):
+            os.write(_listener, (json.dumps({"state": state, "say": say}) + "\n").encode())
 
 
 def follow(sink: Sink, ended: threading.Event) -> int:
@@ -325,6 +343,7 @@ def watch_parent(ended: threading.Event) -> None:
 
 
 def main() -> int:
+    keep_stdout_apart()
     settings = json.loads(sys.stdin.readline())
     for number in (signal.SIGINT, signal.SIGTERM):  # the run's end is told through the pipe, after its last event
         signal.signal(number, signal.SIG_IGN)
@@ -340,5 +359,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
     os._exit(code)  # a request that hangs in a library thread must not hold the exit

@@ -6,7 +6,7 @@ Started by launch/train.py under the DeepSpeed launcher, torchrun or plain pytho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,27 @@ from ..evaluation.report import Trace, read_events, write_report
 from ..evaluation.tables import arm_table, from_json, summary
 from .agreement import check_agreement, own_facts
 from .checkpoint import Checkpoints
+from .compare import read_comparison
+from .compare_page import write_comparison_report
+from .compare_report import score_table
+from .compare_settings import arm_recipe, chosen_runs, run_names
 from .console import open_log
+from .data.image_steps import ImageSteps
 from .data.loader import StepData
 from .engine import Engine, initialize_distributed, shutdown
 from .evaluate_stage import run_evaluate
 from .facts import facts
+from .image_checks import draws_images
+from .image_report import write_report_of_images
+from .image_results import NAME as IMAGE_RESULTS
+from .image_results import SHORT, read_image_results
+from .image_results import table as image_table
 from .loop import train
 from .recipe import Recipe, TrainSettings
 from .run_folder import RunFolder, held
 from .settings import recipe_to_yaml
 from .sinks import Sinks
+from .snapshots import Snapshots
 from .stages import (
     Context,
     Stage,
@@ -45,9 +56,11 @@ from .stages import (
     run_export,
     run_gates,
 )
+from .stages_images import image_stages
 from .stages_thoughts import run_thoughts, thought_settings
 from .stop import StopControl, leave, run_guarded
 from .strategy import load_strategy
+from .unet_folder import STEPS
 
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
@@ -56,8 +69,10 @@ STAGES: Mapping[str, Stage] = {
         Stage("experts", expert_settings, run_experts),
         Stage("gates", gate_settings, run_gates),
         Stage("thoughts", thought_settings, run_thoughts),
-        Stage("evaluate", evaluate_settings, run_evaluate),
-        Stage("export", export_settings, run_export),
+        *image_stages(
+            Stage("evaluate", evaluate_settings, run_evaluate),
+            Stage("export", export_settings, run_export),
+        ),
     )
 }
 
@@ -65,23 +80,48 @@ STAGES: Mapping[str, Stage] = {
 def run(recipe: Recipe) -> int:
     """Run the recipe's stages on this rank; returns the exit code, which `outcome.json` repeats. Collective."""
     world = initialize_distributed()
-    folder = RunFolder(Path(recipe.output))
-    open_log(folder.root, world.rank)
     disable_progress_bar()  # transformers' bars: the console has its own
-    code = run_guarded(folder.root, lambda: _run(recipe, folder, world))
+    code = int(ExitCode.FINISHED)
+    for one in [arm_recipe(recipe, run) for run in chosen_runs(recipe)] or [recipe]:
+        open_log(Path(one.output), world.rank)
+        code = _run_guarded(one, world)
+        if code != ExitCode.FINISHED:
+            break
     if code not in (ExitCode.FINISHED, ExitCode.STOPPED_SAVED, ExitCode.STOPPED_NOT_SAVED):
         leave(code)  # a rank that fails alone must not wait for the others in the libraries' clean-up
     shutdown()
     return code
 
 
-def _run(recipe: Recipe, folder: RunFolder, world: World) -> None:
+def _run_guarded(recipe: Recipe, world: World) -> int:
+    folder = RunFolder(Path(recipe.output))
+    return run_guarded(folder.root, lambda: _run(recipe, folder, world))
+
+
+def _run_within(recipe: Recipe, world: World, outer: StopControl) -> None:
+    """A recipe as a part of another one: its outcome is written like any run's, its end is the outer run's too."""
+    folder = RunFolder(Path(recipe.output))
+    failed: list[BaseException] = []
+
+    def main() -> None:
+        try:
+            _run(recipe, folder, world, outer)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    run_guarded(folder.root, main)
+    if failed:
+        raise failed[0]
+
+
+def _run(recipe: Recipe, folder: RunFolder, world: World, outer: StopControl | None = None) -> None:
     check_agreement(own_facts(recipe))
     with ExitStack() as stack:
         distributed.on_main(lambda: stack.enter_context(held(folder)))
         if world.is_main:
             write_atomic(folder.root / "recipe.yaml", recipe_to_yaml(recipe))
-        stop = StopControl(folder.root).install()
+        stop = StopControl(folder.root, outer=outer).install()
         stack.callback(stop.close)
         sinks = stack.enter_context(Sinks(recipe, folder.root, world))
         device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -94,6 +134,7 @@ def _run(recipe: Recipe, folder: RunFolder, world: World) -> None:
             event=sinks.event,
             progress=sinks.progress,
             facts=facts(),
+            run=lambda inner: _run_within(inner, world, stop),
         )
         for name in recipe.stages:
             _stage(STAGES[name], context, sinks, stop)
@@ -132,11 +173,12 @@ def _train(
     device: torch.device,
     stage: str,
     job: Any,
-    data: StepData,
+    data: StepData | ImageSteps,
     settings: TrainSettings,
     base_sha256: str,
+    steps: Sequence[int] = (),
 ) -> Mapping[str, torch.Tensor]:
-    """One training loop with its checkpoints; the trained tensors, whole, on every rank."""
+    """One training loop with its checkpoints; the trained tensors, whole, on every rank. `steps`: where they are kept aside."""
     job.to(device)
     engine = Engine(
         job,
@@ -165,7 +207,7 @@ def _train(
             engine,
             data,
             checkpoints,
-            [sinks],
+            [sinks, Snapshots(engine, folder.stage(stage) / STEPS, steps)],
             stop,
             settings.steps,
             every=recipe.checkpoint.every,
@@ -178,7 +220,11 @@ def _train(
 
 
 def show_results(recipe: Recipe, folder: RunFolder, sinks: Sinks) -> None:
-    """The tables and the routing of the `evaluate` stage on the console, if it ran."""
+    """The tables and the routing of the stages `evaluate` and `compare` on the console, if they ran."""
+    if "compare" in recipe.stages:
+        comparison = read_comparison(folder.result("compare"))
+        sinks.table(f"{recipe.name}: {comparison['final']}", *score_table(comparison))
+        sinks.say(f"{recipe.name}: {comparison['verdict']['result']}; {folder.result('compare') / 'compare.md'}")
     evaluated = folder.result("evaluate")
     if "evaluate" not in recipe.stages:
         return
@@ -186,6 +232,8 @@ def show_results(recipe: Recipe, folder: RunFolder, sinks: Sinks) -> None:
         results = from_json(read_json(evaluated / "thoughts.json"))
         sinks.table(f"{recipe.name}: thoughts, per cent right [95 % interval]", *arm_table(results))
         sinks.say(f"what was thought: {evaluated / 'thoughts.html'}")
+    if (evaluated / f"{IMAGE_RESULTS}.json").is_file():
+        sinks.table(f"{recipe.name}: samples", *image_table(read_image_results(evaluated), SHORT))
     if not (evaluated / "results.json").is_file():
         return
     header, rows = summary(from_json(read_json(evaluated / "results.json")))
@@ -201,6 +249,12 @@ def show_results(recipe: Recipe, folder: RunFolder, sinks: Sinks) -> None:
 def write_run_report(recipe: Recipe, folder: RunFolder, known: Mapping[str, Any]) -> Path:
     """report.html from what the run left on disk."""
     evaluated = folder.result("evaluate")
+    if "compare" in recipe.stages:
+        runs = {run: Path(arm_recipe(recipe, run).output) for run in run_names(recipe)}
+        comparison = read_comparison(folder.result("compare"))
+        return write_comparison_report(folder.root, recipe.name, comparison, runs, known)
+    if draws_images(recipe):
+        return write_report_of_images(folder.root, evaluated, recipe.name, known)
     results = from_json(read_json(evaluated / "results.json")) if (evaluated / "results.json").is_file() else None
     traces = read_json(evaluated / "traces.json") if (evaluated / "traces.json").is_file() else []
     return write_report(

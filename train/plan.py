@@ -12,15 +12,19 @@ fp32; with recomputation only the input of every layer. An estimate: allocator a
 from __future__ import annotations
 
 import gzip
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..base.errors import DataError
 from .checks import expert_names, trains
-from .recipe import Recipe, TrainSettings
-from .thought_settings import BASE, thought_plan, training_steps
+from .image_checks import draws_images
+from .recipe import Recipe, RowTrainSettings, TrainSettings
+from .thought_settings import BASE, rollout_anchors, thought_plan, training_steps
+
+if TYPE_CHECKING:
+    from .plan_images import ImagePlan
 
 ZERO_STAGES = (0, 1, 2, 3)
 ACTIVATION_BYTES = 34
@@ -74,6 +78,10 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
     from .base_models import load_base
 
     base = load_base(recipe.base, "cpu", meta=True)
+    if "thoughts" in recipe.stages:
+        from ..thoughts.generation import check_model
+
+        check_model(base.model)
     parameters = sum(p.numel() for p in base.model.parameters())
     sites = find_sites(base.model, recipe.experts.targets)
     names = tuple(expert_names(recipe))
@@ -134,10 +142,11 @@ def thought_plan_of(recipe: Recipe, rows: int, rows_here: int, config: Any, byte
         rows_here * min(n, (recipe.thoughts.chunk or n) * one.samples) * one.branch_length
         for n, one in zip(per_row, stages)
     ]
+    at_once = [min(n, rollout_anchors(recipe.thoughts, one) * one.samples) for n, one in zip(per_row, stages)]
     return ThoughtPlan(
         thoughts=rows * max(per_row),
         tokens=rows * max(n * one.tokens for n, one in zip(per_row, stages)),
-        stored=int(max(rows_here * n * one.tokens for n, one in zip(per_row, stages)) * entry * stored),
+        stored=int(max(rows_here * n * one.tokens for n, one in zip(at_once, stages)) * entry * stored),
         chunk=activation_bytes(max(chunks), config.num_hidden_layers, width, bytes_each, False),
     )
 
@@ -161,11 +170,14 @@ def _stage_plan(
         thoughts = thought_plan_of(recipe, rows, share.rows, config, bytes_each)
         active += 0 if thoughts is None else thoughts.stored + thoughts.chunk
     strategy = load_strategy(train.strategy or recipe.strategy)
+    own, sharing = trainable, world
+    if isinstance(train, RowTrainSettings) and train.parallel == "expert":
+        own, sharing = trainable // terms * -(-terms // world), 1
     return StagePlan(
         name=name, trainable=trainable, frozen=frozen, steps=steps, rows=rows, micro_batches=share.micros,
         tokens=steps * rows * recipe.data.sequence_length,
         memory={
-            z: state_bytes(trainable, frozen * bytes_each, z, world, name == "thoughts") + active for z in ZERO_STAGES
+            z: state_bytes(own, frozen * bytes_each, z, sharing, name == "thoughts") + active for z in ZERO_STAGES
         },
         chosen=int(strategy["zero_optimization"]["stage"]), checkpoint=trainable * CHECKPOINT_BYTES, thoughts=thoughts,
     )  # fmt: skip
@@ -213,10 +225,14 @@ def _lines(path: Path) -> int:
         raise DataError(f"{path}: cannot be read ({error})", code="DATA-002") from error
 
 
-def show_plan(recipe: Recipe, world: int = 1) -> Plan:
-    """Print the plan as tables on stdout; returns it."""
+def show_plan(recipe: Recipe, world: int = 1, arguments: Sequence[str] = ()) -> Plan | ImagePlan:
+    """Print the plan as tables on stdout; returns it. `arguments`: the command line, less --dry_run."""
     from rich.console import Console
 
+    if draws_images(recipe):
+        from .plan_images import show_image_plan
+
+        return show_image_plan(recipe, world, arguments)
     plan = make_plan(recipe, world)
     console = Console(width=None if _terminal() else 120, highlight=False)
     console.print(_facts(plan, recipe))

@@ -8,7 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["base", "experts", "gates", "thoughts", "evaluate", "export"]
+from .recipe_images import CompareSettings, ImageEvaluation, ImageSettings, TeacherSettings, UrepaSettings
+from .recipe_train import OptimizerSettings, RowTrainSettings, TrainSettings
+
+__all__ = ["OptimizerSettings", "RowTrainSettings", "TrainSettings"]
+
+Stage = Literal["base", "experts", "gates", "thoughts", "teacher", "urepa", "evaluate", "export", "compare"]
 RouterName = Literal["phatgoose", "average_activation", "arrow", "random", "uniform", "oracle"]
 ArmName = Literal[
     "base", "experts", "oracle", "random", "permuted", "average_activation", "arrow", "uniform", "merged", "ties",
@@ -17,35 +22,9 @@ ArmName = Literal[
 ThoughtArmName = Literal[
     "base", "no_thought", "untrained", "thought", "shuffled", "pause", "random", "temperature",
 ]  # fmt: skip
-STAGES: tuple[str, ...] = ("base", "experts", "gates", "thoughts", "evaluate", "export")
-
-
-@dataclass
-class OptimizerSettings:
-    """AdamW and its schedule. `clip` is the largest gradient norm, per expert where experts train together;
-    0 turns clipping off. `warmup` is a share of `steps`."""
-
-    lr: float = 1e-3
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: float = 0.06
-    min_lr_ratio: float = 0.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float = 1.0
-
-
-@dataclass
-class TrainSettings:
-    """How long and in which portions. `rows_per_expert`: packed rows of each expert in one optimizer step, over
-    all ranks and accumulation. `micro_rows`: rows one process holds at once."""
-
-    steps: int = 100
-    rows_per_expert: int = 8
-    micro_rows: int = 8
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    activation_checkpointing: bool = False
-    strategy: str | None = None
+STAGES: tuple[str, ...] = (
+    "base", "experts", "gates", "thoughts", "teacher", "urepa", "evaluate", "export", "compare",
+)  # fmt: skip
 
 
 @dataclass
@@ -62,7 +41,8 @@ class NanoSettings:
 
 @dataclass
 class BaseSettings:
-    """`model`: `nano`, `smollm2`, a folder in Hugging Face format, or a hub id. dtype of the frozen weights."""
+    """`model`: `nano`, `smollm2`, a folder in Hugging Face format, or a hub id (`owner/name`, `owner/name@commit`). dtype of the
+    frozen weights."""
 
     model: str = "nano"
     revision: str | None = None
@@ -112,14 +92,16 @@ class ExpertSettings:
     misrouting: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     load: dict[str, str] = field(default_factory=dict)
-    train: TrainSettings = field(default_factory=TrainSettings)
+    train: RowTrainSettings = field(default_factory=RowTrainSettings)
 
 
 @dataclass
 class GateSettings:
     """PHATGOOSE, stage two; defaults are the paper's: lr 5e-3, 100 steps, constant after 6 % warm-up."""
 
-    train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=100, optimizer=OptimizerSettings(lr=5e-3)))
+    train: RowTrainSettings = field(
+        default_factory=lambda: RowTrainSettings(steps=100, optimizer=OptimizerSettings(lr=5e-3))
+    )
 
 
 @dataclass
@@ -134,6 +116,8 @@ class ThoughtSettings:
     ratio_cap, clip, baseline_decay   0 switches them off
     curriculum_sizes         [tokens, lookahead] of one equal share of the steps each (preset curriculum)
     chunk        anchors of all rows at once in the gradient pass; 0: all
+    rollout_chunk   thoughts of a row (anchors x samples) sampled together; 0: all. Both bound memory and change nothing else
+    capture      auto (steps of the rollout become CUDA graphs on a GPU) | never (for a forward that waits for the device)
     lr_meta, lr_head         their learning rates; train.optimizer.lr is the adapter's (or the weights')
     train.rows_per_expert    packed rows a step
     """
@@ -169,6 +153,8 @@ class ThoughtSettings:
     end_like: str = "---"
     ban_special: bool = True
     chunk: int = 0
+    rollout_chunk: int = 0
+    capture: Literal["auto", "never"] = "auto"
     loss_on: Literal["completion", "all"] = "all"
     rank: int = 16
     alpha: float = 16.0
@@ -216,7 +202,7 @@ class ThoughtEvaluation:
 @dataclass
 class EvaluateSettings:
     """`collection`/`include` or `tasks`: folders in the collection's layout; with neither, `data.collection`.
-    `arms`: rows of the table. `thoughts`: the table of the `thoughts` stage."""
+    `arms`: rows of the table. `thoughts`, `images`: the tables of the stages `thoughts` and `urepa`."""
 
     collection: str | None = None
     include: list[str] = field(default_factory=list)
@@ -240,6 +226,7 @@ class EvaluateSettings:
     bootstrap: int = 1000
     baseline: str = "base"
     thoughts: ThoughtEvaluation = field(default_factory=ThoughtEvaluation)
+    images: ImageEvaluation = field(default_factory=ImageEvaluation)
 
 
 @dataclass
@@ -284,6 +271,10 @@ class Recipe:
     experts: ExpertSettings = field(default_factory=ExpertSettings)
     gates: GateSettings = field(default_factory=GateSettings)
     thoughts: ThoughtSettings = field(default_factory=ThoughtSettings)
+    images: ImageSettings = field(default_factory=ImageSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    urepa: UrepaSettings = field(default_factory=UrepaSettings)
+    compare: CompareSettings = field(default_factory=CompareSettings)
     router: RouterSettings = field(default_factory=RouterSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from ..alignment.settings import SamplerSettings
 from ..base.errors import QuietGooseError, RecipeError, suggest
 from .checks import check_recipe
 from .recipe import Recipe
@@ -28,7 +30,18 @@ from .safe_yaml import read_yaml
 
 OWN_OPTIONS = ("config", "print_config", "dry_run", "local_rank", "help")
 # settings that change no trained number: they may differ between a run and its continuation
-HARMLESS = ("name", "output", "stages", "data.cache", "evaluate", "tracking", "checkpoint", "resume")
+HARMLESS = (
+    "name",
+    "output",
+    "stages",
+    "data.cache",
+    "images.cache",
+    "compare.only",
+    "evaluate",
+    "tracking",
+    "checkpoint",
+    "resume",
+)
 
 
 @dataclass(frozen=True)
@@ -60,14 +73,40 @@ def parse_command(argv: Sequence[str]) -> Command:
         if isinstance(error, QuietGooseError):
             raise
         _raise(_bad_values(settings_given) or [("CFG-003", _one_line(error))], error)
-    settings = {field.name: namespace[field.name] for field in dataclasses.fields(Recipe)}
-    recipe = Recipe(**settings)
-    if not recipe.evaluate.tasks:  # written out here, so that what runs is what is saved
+    return Command(_checked(_as_recipe(namespace)), own.dry_run, own.local_rank)
+
+
+def recipe_from_plain(content: Mapping[str, Any]) -> Recipe:
+    """The checked recipe of what `plain` made, or of any nested mapping. RecipeError as `load_recipe`."""
+    unknown = _unknown_keys(content, Recipe, "")
+    if unknown:
+        _raise([("CFG-001", text) for text in unknown])
+    parser = _kept_parser()
+    try:
+        namespace = parser.instantiate(parser.parse_object(dict(content)))
+    except Exception as error:
+        raise RecipeError(_one_line(error), code="CFG-003") from error
+    return _checked(_as_recipe(namespace))
+
+
+def _as_recipe(namespace: Any) -> Recipe:
+    return Recipe(**{field.name: namespace[field.name] for field in dataclasses.fields(Recipe)})
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    """With what is left out written out, so that what runs is what is saved; RecipeError with every problem."""
+    if not recipe.evaluate.tasks:
         recipe.evaluate.collection = recipe.evaluate.collection or recipe.data.collection
+    if "urepa" in recipe.stages or "compare" in recipe.stages:
+        recipe.evaluate.images.samplers = recipe.evaluate.images.samplers or {"ode": SamplerSettings()}
     problems = check_recipe(recipe)
     if problems:
         _raise(problems)
-    return Command(recipe, own.dry_run, own.local_rank)
+    if "compare" in recipe.stages:
+        from .compare_settings import check_arms
+
+        check_arms(recipe)
+    return recipe
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -145,6 +184,12 @@ def _parser() -> Any:
     parser.add_argument("--config", action="config", help="a recipe (YAML); later options override it")
     parser.add_class_arguments(Recipe)
     return parser
+
+
+@functools.cache
+def _kept_parser() -> Any:
+    """For the arms of a comparison: making one takes longer than using it."""
+    return _parser()
 
 
 def _own_options() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from .types import StepReport
 SHARED_RESULTS = (
     "results.json", "results.md", "results.csv", "routing.json", "thoughts.json", "thoughts.md", "thoughts.csv",
     "generated.json", "generated.md", "generated.csv", "deciles.json", "thoughts.html", "quietgoose.json",
+    "image_results.json", "image_results.md", "image_results.csv", "samples", "teacher.json",
 )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ class Sinks:
     def stage(self, name: str) -> Iterator[None]:
         """A child run of the tracking."""
         self.say(f"== {name}")
+        self._count = self.console.progress(name)
         with self.tracker.stage(name) as tracked:
             self._stage = (name, tracked)
             try:
@@ -112,3 +114,5 @@ class Sinks:
         for name in SHARED_RESULTS if self.main else ():
             if (folder / name).is_file():
                 self.tracker.artifact(folder / name, stage, stage)
+            elif (folder / name).is_dir():
+                self.tracker.artifact(folder / name, f"{stage}/{name}", stage)

@@ -27,6 +27,7 @@ from ..routing.library import ExpertLibrary
 from ..routing.peft_format import load_peft, save_peft
 from ..routing.sites import all_sites
 from .base_models import LoadedBase, load_base
+from .compiled import Speed, choose_speed
 from .data.attention import model_inputs, resolve_attention
 from .data.build import build_step_data, resolve_sources
 from .data.loader import StepData, Terms
@@ -35,27 +36,41 @@ from .jobs.base import LanguageModelJob
 from .jobs.experts import ExpertJob
 from .jobs.gates import GateJob
 from .nano import build_nano
-from .recipe import DataSettings, Recipe, SourceSettings, TrainSettings
+from .parallel import owned
+from .recipe import (
+    DataSettings,
+    ExpertSettings,
+    GateSettings,
+    Recipe,
+    RowTrainSettings,
+    SourceSettings,
+    TrainSettings,
+)
 from .run_folder import RunFolder
 from .thought_model import hidden_size, read_thinking
 from .thought_settings import has_experts, has_thoughts
+
+SPEED_ONLY = ("compile", "attention", "parallel")
+"""Settings of RowTrainSettings that no trained number depends on but by rounding."""
 
 Writer = Callable[[Path], None]
 
 
 @dataclass
 class Context:
-    """What every stage is given. `train(stage, job, data, settings, base_sha256)` runs one training loop and returns the
-    trained tensors, whole and in fp32 on the CPU, on every rank."""
+    """What every stage is given. `train(stage, job, data, settings, base_sha256[, steps])` runs one training loop and returns the
+    trained tensors, whole and in fp32 on the CPU, on every rank; at `steps` they are kept aside (train/snapshots.py).
+    `run(recipe)` runs another recipe within this one."""
 
     recipe: Recipe
     folder: RunFolder
     device: torch.device
     world: World
-    train: Callable[[str, Any, StepData, TrainSettings, str], Mapping[str, torch.Tensor]]
+    train: Callable[..., Mapping[str, torch.Tensor]]
     event: Callable[..., None]
     progress: Callable[[str, int, int], None]
     facts: Mapping[str, Any]
+    run: Callable[[Recipe], None]
 
 
 @dataclass(frozen=True)
@@ -81,11 +96,19 @@ def base_settings(recipe: Recipe) -> Mapping[str, Any]:
 
 def expert_settings(recipe: Recipe) -> Mapping[str, Any]:
     data = {k: v for k, v in vars(recipe.data).items() if k not in ("cache", "thoughts")}
-    return _plain({"base": base_settings(recipe), "data": data, "experts": recipe.experts})
+    return _plain({"base": base_settings(recipe), "data": data, "experts": _slow(recipe.experts)})
 
 
 def gate_settings(recipe: Recipe) -> Mapping[str, Any]:
-    return _plain({"experts": expert_settings(recipe), "gates": recipe.gates})
+    return _plain({"experts": expert_settings(recipe), "gates": _slow(recipe.gates)})
+
+
+def _slow(settings: ExpertSettings | GateSettings) -> dict[str, Any]:
+    """Without what decides only how fast it goes: a run may go on with other settings of these."""
+    found = dataclasses.asdict(settings)
+    for name in SPEED_ONLY:
+        del found["train"][name]
+    return found
 
 
 def evaluate_settings(recipe: Recipe) -> Mapping[str, Any]:
@@ -165,6 +188,14 @@ def step_data(
     return data
 
 
+def _speed(context: Context, base: LoadedBase, settings: RowTrainSettings) -> Speed:
+    """How a training over `base` goes, told to the log."""
+    strategy = settings.strategy or context.recipe.strategy
+    speed = choose_speed(base.model, base.attention, settings, context.device, strategy)
+    context.event("speed", compile=speed.mode, reason=speed.reason, attention=speed.attention)
+    return speed
+
+
 def run_base(context: Context) -> Writer:
     recipe = context.recipe
     model, tokenizer = build_nano(recipe.base.nano, recipe.seed)
@@ -194,7 +225,9 @@ def run_experts(context: Context) -> Writer:
     base = the_base(context, "experts")
     sources = trained_sources(recipe)
     data = step_data(context, sources, base.tokenizer, recipe.data, recipe.experts.train)
-    job = ExpertJob(base.model, base.attention, list(sources), recipe.experts, recipe.seed)
+    speed = _speed(context, base, recipe.experts.train)
+    own = owned(list(sources), recipe.experts.train, recipe.experts.train.strategy or recipe.strategy)
+    job = ExpertJob(base.model, speed.attention, list(sources), recipe.experts, recipe.seed, speed.mode, own)
     trained = context.train("experts", job, data, recipe.experts.train, base.sha256)
     experts = job.experts(trained)
 
@@ -212,7 +245,9 @@ def run_gates(context: Context) -> Writer:
     library = the_library(context, base, "gates", gates=False)
     sources = gate_sources(recipe)
     data = step_data(context, sources, base.tokenizer, recipe.data, recipe.gates.train)
-    job = GateJob(base.model, base.attention, library, recipe.gates)
+    speed = _speed(context, base, recipe.gates.train)
+    own = owned(library.names, recipe.gates.train, recipe.gates.train.strategy or recipe.strategy)
+    job = GateJob(base.model, speed.attention, library, recipe.gates, speed.mode, own)
     trained = context.train("gates", job, data, recipe.gates.train, base.sha256)
     gated = job.library(trained)
     return lambda folder: save_gates(gated, folder / "gates.safetensors")

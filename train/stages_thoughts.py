@@ -26,6 +26,7 @@ from ..routing.on_top import TopLora, as_expert
 from ..routing.sites import AdapterLayout, all_sites, find_sites, target_names
 from ..thoughts.anchors import term_counts
 from ..thoughts.config import Curriculum
+from ..thoughts.generation import check_model
 from ..thoughts.parameters import ThoughtParameters
 from ..thoughts.types import TERMS
 from .base_models import LoadedBase
@@ -69,6 +70,7 @@ def thought_settings(recipe: Recipe) -> Mapping[str, Any]:
 def run_thoughts(context: Context) -> Writer:
     recipe, settings = context.recipe, context.recipe.thoughts
     base = the_base(context, "thoughts")
+    check_model(base.model)
     put_below(context, base, "thoughts")
     plan = thought_plan(settings, banned_tokens(settings, base.tokenizer))
     steps = training_steps(settings, recipe.data.sequence_length)

@@ -1,4 +1,4 @@
-"""Training state as whole fp32 tensors, whatever the ZeRO stage and world size: parameter, exp_avg, exp_avg_sq.
+"""Training state as whole fp32 tensors, whatever the ZeRO stage and world size: parameter, exp_avg, exp_avg_sq, average.
 
 AdamW's moments of one parameter are gathered from the flat partitions that DeepSpeed made, and put back into the
 partitions of whatever stage and world size continues the run. So a checkpoint needs no pickle, no conversion, and
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..alignment.ema import ShardedAverage
 from ..base import distributed
 from ..base.errors import ArtifactError
 
@@ -26,6 +27,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("parameter", *MOMENTS)
 KEPT = "kept"
 """Further tensors of a job (Engine.kept), not trained, the same on every rank."""
+AVERAGE = "average"
+"""The moving average of the parameters that Engine.averaged names (alignment/ema.py)."""
 
 
 class Slice:
@@ -47,7 +50,7 @@ def slice_of(engine: Engine, parameter: nn.Parameter) -> Slice | None:
     if engine.stage < 3:
         group, begin = _place(zero, parameter)
         size = int(zero.partition_size[group])
-        mine = engine.world.rank * size
+        mine = engine.shard.rank * size
         start, end = max(begin, mine), min(begin + parameter.numel(), mine + size)
         flat = zero.single_partition_of_fp32_groups[group]
         return Slice(start - begin, start - mine, end - start, flat) if end > start else None
@@ -75,13 +78,32 @@ def full_parameter(engine: Engine, name: str) -> Tensor:
     return _gather(engine, name, "parameter")
 
 
+def start_average(engine: Engine) -> tuple[ShardedAverage | None, tuple[str, ...]]:
+    """The moving average that the job asks for by `averaged()`, and the names of the parameters it is of."""
+    if not hasattr(engine.job, "averaged"):
+        return None, ()
+    settings, names = engine.job.averaged()  # type: ignore[operator]
+    pieces = [slice_of(engine, engine.parameters[name]) for name in names]
+    return ShardedAverage(settings, [piece.flat for piece in pieces if piece is not None]), tuple(names)
+
+
+def full_average(engine: Engine, name: str) -> Tensor:
+    """The moving average of a parameter, whole, in its shape. Collective above ZeRO-0."""
+    return _gather(engine, name, AVERAGE)
+
+
+def kinds(engine: Engine, name: str) -> tuple[str, ...]:
+    """What is kept of a parameter."""
+    return (*KINDS, AVERAGE) if name in engine.averaged else KINDS
+
+
 def gather(engine: Engine) -> dict[str, Tensor]:
     """`KIND/name` -> whole fp32 CPU tensor on rank 0, nothing elsewhere. Collective."""
     tensors: dict[str, Tensor] = {}
     if engine.world.is_main:
         tensors = {f"{KEPT}/{name}": tensor.detach().cpu().clone() for name, tensor in engine.kept.items()}
-    for name in engine.parameters:
-        for kind in KINDS:
+    for name in engine.shapes:
+        for kind in kinds(engine, name):
             whole = _gather(engine, name, kind)
             if engine.world.is_main:
                 tensors[f"{kind}/{name}"] = whole.cpu().clone()
@@ -90,7 +112,7 @@ def gather(engine: Engine) -> dict[str, Tensor]:
 
 def expected(engine: Engine) -> dict[str, torch.Size]:
     kept = {f"{KEPT}/{name}": tensor.shape for name, tensor in engine.kept.items()}
-    return kept | {f"{kind}/{name}": engine.shape(name) for name in engine.parameters for kind in KINDS}
+    return kept | {f"{kind}/{name}": engine.shape(name) for name in engine.shapes for kind in kinds(engine, name)}
 
 
 def scatter(engine: Engine, tensors: Mapping[str, Tensor], applied: int) -> None:
@@ -105,9 +127,9 @@ def scatter(engine: Engine, tensors: Mapping[str, Tensor], applied: int) -> None
         piece = slice_of(engine, parameter)
         if piece is None:
             continue
-        state = _adam_state(engine, piece.flat, applied)
-        for kind in KINDS:
-            target = piece.flat.view(-1) if kind == "parameter" else state[kind].view(-1)
+        _adam_state(engine, piece.flat, applied)
+        for kind in kinds(engine, name):
+            target = _flat(engine, piece.flat, kind).view(-1)
             source = tensors[f"{kind}/{name}"].reshape(-1).narrow(0, piece.start, piece.numel)
             piece.view(target.data).copy_(source)
     engine.applied = applied
@@ -115,19 +137,28 @@ def scatter(engine: Engine, tensors: Mapping[str, Tensor], applied: int) -> None
 
 
 def _gather(engine: Engine, name: str, kind: str) -> Tensor:
-    piece = slice_of(engine, engine.parameters[name])
+    own = engine.parameters.get(name)
+    piece = None if own is None else slice_of(engine, own)
     shape = engine.shape(name)
-    if engine.stage == 0:
+    if engine.stage == 0 and not engine.by_expert:
         assert piece is not None
-        flat = piece.flat.detach() if kind == "parameter" else _adam_state(engine, piece.flat, 0)[kind]
-        return flat.float().reshape(shape)
+        return _flat(engine, piece.flat, kind).float().reshape(shape)
     whole = torch.zeros(shape.numel(), dtype=torch.float32, device=engine.device)
     if piece is not None:
-        flat = piece.flat.detach() if kind == "parameter" else _adam_state(engine, piece.flat, 0)[kind]
-        whole.narrow(0, piece.start, piece.numel).copy_(piece.view(flat.view(-1)))
+        whole.narrow(0, piece.start, piece.numel).copy_(piece.view(_flat(engine, piece.flat, kind).view(-1)))
     # every entry has one owner; adding integers' zeros keeps all bits, where adding floats would turn -0.0 into 0.0
     distributed.all_reduce_sum(whole.view(torch.int32))
     return whole.reshape(shape)
+
+
+def _flat(engine: Engine, flat: Tensor, kind: str) -> Tensor:
+    """The tensor of one kind that is laid out like the master `flat`."""
+    if kind == "parameter":
+        return flat.detach()
+    if kind == AVERAGE:
+        assert engine.average is not None
+        return engine.average.of(flat)
+    return _adam_state(engine, flat, 0)[kind]
 
 
 def _adam_state(engine: Engine, flat: Tensor, applied: int) -> dict[str, Tensor]:

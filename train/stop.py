@@ -26,6 +26,7 @@ from ..base.distributed import world
 from ..base.errors import ExitCode, MemoryExhausted, PeerLost, QuietGooseError, StopRequested
 from ..base.files import read_json, write_atomic, write_json
 from .redaction import redact
+from .stalls import HangWitness
 
 OUTCOME = "outcome.json"
 STOP_FILE = "STOP"
@@ -45,12 +46,19 @@ def request_stop(folder: Path, *, now: bool = False) -> None:
 
 
 class StopControl:
-    """Signals and the stop file of one run. `install` once per process, `close` at the end."""
+    """Signals and the stop file of one run. `install` once per process, `close` at the end. `outer`: that of the run this one is
+    part of; what it was asked for holds here."""
 
     def __init__(
-        self, folder: Path, *, hang_seconds: float = HANG_SECONDS, grace_seconds: float = GRACE_SECONDS
+        self,
+        folder: Path,
+        *,
+        hang_seconds: float = HANG_SECONDS,
+        grace_seconds: float = GRACE_SECONDS,
+        outer: StopControl | None = None,
     ) -> None:
         self.folder = folder
+        self.outer = outer
         self.hang_seconds = hang_seconds
         self.grace_seconds = grace_seconds
         self._wanted = ""
@@ -59,18 +67,20 @@ class StopControl:
         self._deadline: float | None = None
         self._watching = False
         self._beat = (time.monotonic(), "start")
+        self._witness: HangWitness | None = None
         self._closed = threading.Event()
         self._ancestors = launcher_ancestors()
         self._previous: dict[int, object] = {}
 
     def install(self) -> StopControl:
         """Take over SIGTERM, SIGINT, SIGUSR1, start the watching thread, mark the run as running. Call it while
-        holding the run folder's lock. A stop file older than this process is removed."""
+        holding the run folder's lock. A stop file older than this process is removed. Collective."""
         if world().is_main:
             path = self.folder / STOP_FILE
             if path.exists() and path.stat().st_mtime < STARTED:
                 path.unlink()
             write_outcome(self.folder, "running", None, "", None)
+        self._witness = HangWitness(self.folder)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._on_signal)
         threading.Thread(target=self._watch, name="quietgoose-stop", daemon=True).start()
@@ -84,7 +94,7 @@ class StopControl:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within the block a missing `beat` for `hang_seconds` ends the process with code 7."""
+        """Within the block a missing `beat` for `hang_seconds` ends all ranks with code 7, after they said where they are."""
         self.beat("start of training")
         self._watching = True
         try:
@@ -97,14 +107,15 @@ class StopControl:
 
     def flags(self) -> tuple[float, float]:
         """(stop and save, stop at once) as this rank knows it; the engine sums them over ranks."""
-        return float(bool(self._wanted)), float(self._at_once)
+        outer = (0.0, 0.0) if self.outer is None else self.outer.flags()
+        return max(float(bool(self._wanted)), outer[0]), max(float(self._at_once), outer[1])
 
     def requested(self) -> bool:
         """Whether this rank was asked to stop: for stages that have no steps."""
-        return bool(self._wanted)
+        return bool(self._wanted) or (self.outer is not None and self.outer.requested())
 
     def reason(self) -> str:
-        return self._wanted or "another rank was asked to stop"
+        return self._wanted or (self.outer.reason() if self.outer is not None else "another rank was asked to stop")
 
     # ------------------------------------------------------------------ signals
 
@@ -131,13 +142,10 @@ class StopControl:
             if self._deadline is not None and now > self._deadline and self._watching:
                 self._leave(ExitCode.STOPPED_NOT_SAVED, "QG-RUN-002", "no step ended within the grace time")
             since, section = self._beat
-            if self._watching and now - since > self.hang_seconds:
+            stuck = self._watching and now - since > self.hang_seconds
+            if self._witness is not None and (stuck or self._witness.called()):
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                self._leave(
-                    ExitCode.PEER_LOST,
-                    "QG-DIST-003",
-                    f"rank {world().rank}: no progress for {self.hang_seconds:.0f} s in: {section}",
-                )
+                self._leave(ExitCode.PEER_LOST, "QG-DIST-003", self._witness.testify(section, now - since))
 
     def _look_at_stop_file(self) -> None:
         path = self.folder / STOP_FILE

@@ -144,6 +144,8 @@ def merge(
         zero[bucket] = min(int(zero[bucket]), -(-trainable // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT)
     if stage in (1, 2) and zero["offload_optimizer"]["device"] != "none":
         zero["compute_grad_norm"] = True  # DeepSpeed refuses to go without under offload
+    if world_size == 1 and stage < 3:
+        zero["overlap_comm"] = False  # nothing to overlap with, and every bucket would wait for the device
     merged["zero_optimization"] = zero
     merged["bf16"] = {"enabled": False}
     merged["fp16"] = {"enabled": False}
@@ -151,6 +153,9 @@ def merge(
     merged["gradient_accumulation_steps"] = micro_count
     merged["train_batch_size"] = micro_rows * micro_count * world_size
     merged["gradient_clipping"] = 0.0
+    merged["timers"] = {
+        "throughput": {"enabled": False, "synchronized": False}
+    }  # they wait for the device twice a step
     return merged
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import RecipeError, suggest
-from ..thoughts.config import CURRICULUM_SIZES, Curriculum, ThoughtConfig, curriculum, preset
+from ..base.files import read_json
+from ..thoughts.config import CURRICULUM_SIZES, Curriculum, ThoughtConfig, curriculum, length_dependent, preset
 from .recipe import Recipe, ThoughtSettings
 
 BASE, ROUTED, ONE = "base", "routed", "expert:"
@@ -39,6 +40,11 @@ def thought_plan(settings: ThoughtSettings, banned: tuple[int, ...] = ()) -> Cur
         return Curriculum((1.0,), (preset(settings.preset, **changes),))
     sizes = tuple((int(pair[0]), int(pair[1])) for pair in settings.curriculum_sizes)
     return curriculum(preset("default", **changes), sizes or CURRICULUM_SIZES)
+
+
+def rollout_anchors(settings: ThoughtSettings, config: ThoughtConfig) -> int:
+    """Most anchors of a row that are sampled together; more than there are if thoughts.rollout_chunk is 0."""
+    return max(1, (settings.rollout_chunk or 1 << 30) // config.samples)
 
 
 def final_config(plan: Curriculum) -> ThoughtConfig:
@@ -90,6 +96,7 @@ def thought_ranges(recipe: Recipe) -> list[tuple[str, float, float, float]]:
         ("thoughts.lr_meta", thoughts.lr_meta, 0.0, 10.0),
         ("thoughts.lr_head", thoughts.lr_head, 0.0, 10.0),
         ("thoughts.chunk", thoughts.chunk, 0, 1 << 20),
+        ("thoughts.rollout_chunk", thoughts.rollout_chunk, 0, 1 << 24),
         ("evaluate.thoughts.rows", recipe.evaluate.thoughts.rows, 1, 1 << 20),
     ]
 
@@ -98,6 +105,7 @@ def check_thoughts(recipe: Recipe, context: int | None, experts: list[str]) -> I
     """(code, message) of what is wrong with the `thoughts` stage. `context`: the base's longest sequence."""
     settings = recipe.thoughts
     yield from _check_over(settings, experts)
+    yield from _check_rotary(recipe.base.model)
     if recipe.data.thoughts is None:
         yield "CFG-011", "data.thoughts: is not set, and the stage 'thoughts' trains on it; name its source"
     for pair in settings.curriculum_sizes:
@@ -155,6 +163,19 @@ def _check_over(settings: ThoughtSettings, experts: list[str]) -> Iterator[tuple
         yield (
             "CFG-110",
             f"thoughts.over: there is no expert '{name}'; there are {', '.join(experts)}.{suggest(name, experts)}",
+        )
+
+
+def _check_rotary(model: str) -> Iterator[tuple[str, str]]:
+    """Of a local folder; of any other base the stage itself finds it before its first step (thoughts/attention.py)."""
+    path = Path(model).expanduser() / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    kind = length_dependent(config.get("text_config", config)) if isinstance(config, dict) else ""
+    if kind:
+        yield (
+            "CFG-105",
+            f"base.model: {path} has rotary positions of type '{kind}', whose frequencies change with the length of the "
+            "sequence; thoughts need a base with fixed ones (default, linear, llama3, yarn)",
         )
 
 

@@ -58,9 +58,9 @@ class StageTracker:
         rate = report.tokens / report.seconds if report.seconds > 0 else 0.0
         self._log.write(
             "step", stage=self._stage, step=report.step, loss=report.loss, losses=dict(report.losses),
-            gradient_norms=dict(report.gradient_norms), learning_rate=report.learning_rate, tokens=report.tokens,
-            seconds=round(report.seconds, 6), tokens_per_second=round(rate, 1), memory_gib=memory_gib(),
-            skipped=report.skipped, extra=dict(report.extra),
+            gradient_norms=dict(report.gradient_norms), learning_rate=report.learning_rate,
+            seconds=round(report.seconds, 6), memory_gib=memory_gib(), skipped=report.skipped,
+            **{report.unit: report.tokens, f"{report.unit}_per_second": round(rate, 1)}, extra=dict(report.extra),
         )  # fmt: skip
 
     def on_save(self, path: Path) -> None:

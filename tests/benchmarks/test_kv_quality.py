@@ -158,6 +158,15 @@ def test_exact_match_is_what_greedy_decoding_gives(model, inside, question):
     assert found["digit"][2] == pytest.approx(0.75 if inside else 0.8)
 
 
+def test_a_method_with_its_own_attention_leaves_the_next_alone(model):
+    windows, scorer = windows_of(2, 70, 40), Scorer(model)
+    reference = scorer.reference(windows)
+    lossless = methods.preset("lossless")
+    before = scorer.windows(windows, lossless, reference)
+    scorer.windows(windows, H2O, reference)
+    assert scorer.windows(windows, lossless, reference)["kl"] == before["kl"]
+
+
 def test_seeds_change_only_the_seed():
     method = methods.zip_method("z", salient_ratio=0.6)
     assert methods.seeded(method, 0) is method

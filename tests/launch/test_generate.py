@@ -120,6 +120,19 @@ def test_an_export(folder, tmp_path, capsys):
     assert "this export has none" in capsys.readouterr().err
 
 
+def test_a_control_without_thoughts_is_asked_in_vain(folder, tmp_path, capsys):
+    config = ThoughtConfig(tokens=3, control="no_thoughts")
+    parameters = ThoughtParameters(torch.zeros(128), torch.zeros(128), config, 0)
+    export_to(tmp_path / "out", folder, Thinking("base", config, parameters, None, "lora"))
+    given = ("--model", tmp_path / "out", "--prompt", "some words", "--max-new-tokens", "2", "--device", "cpu")
+    assert main([*map(str, given), "--thoughts"]) == 2
+    assert "QG-CFG-097" in capsys.readouterr().err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "cannot think" in card
+    assert "quiet-star" not in card
+    answers(capsys, *given)
+
+
 @pytest.mark.parametrize("over", ["routed", "base"])
 def test_an_export_that_thinks(folder, tmp_path, capsys, over):
     config = ThoughtConfig(tokens=3)

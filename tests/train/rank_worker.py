@@ -3,8 +3,9 @@
 does; only the model and the data are tiny.
 
 Settings: {"out": folder, "cases": [case, ...]}. A case: run (folder below out), strategy, steps, and optionally every,
-resume, allow, file_limit, resume_step, dtype, model ("bank", "plain" or "thoughts"), clip, keep, plan (faults), step_seconds,
-hang_seconds; more for "thoughts", see thought_case.py.
+resume, allow, file_limit, resume_step, dtype, model ("bank", "plain", "thoughts" or "urepa"), clip, keep, plan (faults), step_seconds,
+hang_seconds, key_press_seconds, empty_steps, slow ({"rank", "section", "seconds"}); more for "thoughts" and
+"urepa", see thought_case.py and urepa_case.py.
 Rank 0 leaves `CASE.json` with losses (as hex, so that equal means bitwise) and hashes.
 """
 
@@ -16,11 +17,13 @@ import resource
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from quietgoose.base.files import sha256_tensors
 from quietgoose.train import faults
+from quietgoose.train import stop as stopping
 from quietgoose.train.checkpoint import Checkpoints
 from quietgoose.train.engine import Engine, initialize_distributed, shutdown
 from quietgoose.train.loop import train
@@ -54,6 +57,7 @@ class BankJob(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
+        self.seconds = 0.0
         generator = torch.Generator().manual_seed(0)
         self.embedding, self.linear = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY)
@@ -66,6 +70,7 @@ class BankJob(nn.Module):
         return [{"name": name, "params": [self.bank.get_parameter(f"flat_{name}")]} for name in NAMES]
 
     def forward(self, batch: Batch) -> LossTerms:
+        time.sleep(self.seconds)
         x = self.linear(self.embedding(batch.tokens_BT))
         flat = self.bank(batch.expert_B).to(x.dtype)[:, None]
         x = x * (1 + flat[..., :WIDTH]) + flat[..., WIDTH : 2 * WIDTH]
@@ -110,8 +115,8 @@ class TinyData:
 
     micro_count = 2
 
-    def __init__(self, rank: int, world: int, terms: int, seconds: float) -> None:
-        self.rank, self.world, self.terms, self.seconds = rank, world, terms, seconds
+    def __init__(self, rank: int, world: int, terms: int, seconds: float, empty: Sequence[int] = ()) -> None:
+        self.rank, self.world, self.terms, self.seconds, self.empty = rank, world, terms, seconds, empty
 
     def step(self, step: int) -> StepBatch:
         time.sleep(self.seconds)
@@ -120,6 +125,8 @@ class TinyData:
         labels = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
         expert = torch.arange(ROWS) % 3
         labels[expert == 1, (0 if step == 4 else 3) :] = -100
+        if step in self.empty:
+            labels[:] = -100
         wanted = labels != -100
         count_E = torch.stack([wanted[expert == e].sum() for e in range(3)]).double()
         share = ROWS // self.world // self.micro_count
@@ -156,12 +163,18 @@ class Recorder:
 
 def build(case: dict, rank: int, world: int) -> tuple:
     """(job, data, optimizer settings, a function that hashes what must not change)."""
-    if case.get("model") == "thoughts":
-        tools = runpy.run_path(str(Path(__file__).with_name("thought_case.py")))
+    if case.get("model") in ("thoughts", "urepa"):
+        file = {"thoughts": "thought_case.py", "urepa": "urepa_case.py"}[case["model"]]
+        tools = runpy.run_path(str(Path(__file__).with_name(file)))
         job, data, frozen = tools["build"](case, rank, world)
         return job, data, tools["optimizer"](), frozen
     job = (PlainJob if case.get("model") == "plain" else BankJob)(getattr(torch, case.get("dtype", "float32")))
-    data = TinyData(rank, world, len(job.names), case.get("step_seconds", 0.0))
+    slow = case.get("slow", {"rank": None})
+    seconds = slow["seconds"] if slow["rank"] == rank else 0.0
+    if seconds and slow["section"] == "forward":
+        job.seconds, seconds = seconds, 0.0
+    seconds += case.get("step_seconds", 0.0)
+    data = TinyData(rank, world, len(job.names), seconds, case.get("empty_steps", ()))
     return job, data, OptimizerSettings(**{**OPTIMIZER, "clip": case.get("clip", OPTIMIZER["clip"])}), lambda: ""
 
 
@@ -174,6 +187,7 @@ def run_case(case: dict, out: Path) -> int:
     recorder, result = Recorder(folder), {"world": world.size}
     stop = StopControl(folder, hang_seconds=case.get("hang_seconds", 120), grace_seconds=case.get("grace_seconds", 28))
 
+    stopping.SAME_KEY_PRESS_SECONDS = case.get("key_press_seconds", 1.0)
     if "file_limit" in case and world.is_main:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case["file_limit"], resource.RLIM_INFINITY))
 

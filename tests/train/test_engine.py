@@ -10,6 +10,7 @@ import torch
 from quietgoose.base.errors import RecipeError
 from quietgoose.train.recipe import OptimizerSettings
 from quietgoose.train.schedule import learning_rate
+from quietgoose.train.types import LossTerms
 
 STRATEGIES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 STEPS = 6
@@ -88,15 +89,27 @@ def test_clipping_is_per_group_and_can_be_off(ranks, worker) -> None:
 
 
 def test_groups_must_be_the_trainables_in_fp32(worker) -> None:
-    from quietgoose.train.engine import _check_groups
+    from quietgoose.train.groups import check_groups
 
     job = worker["BankJob"](torch.float32)
-    assert list(_check_groups(job, job.parameter_groups())) == ["bank.flat_a", "bank.flat_b", "bank.flat_c"]
+    assert list(check_groups(job, job.parameter_groups())) == ["bank.flat_a", "bank.flat_b", "bank.flat_c"]
     with pytest.raises(RecipeError, match="3 parameters need gradients, 2 are in groups"):
-        _check_groups(job, job.parameter_groups()[:2])
+        check_groups(job, job.parameter_groups()[:2])
     job.bank.flat_b.data = job.bank.flat_b.data.bfloat16()
     with pytest.raises(RecipeError, match=r"flat_b is torch\.bfloat16"):
-        _check_groups(job, job.parameter_groups())
+        check_groups(job, job.parameter_groups())
+
+
+def test_zero3_sees_the_tensors_of_loss_terms() -> None:
+    """Its hooks look into tuples; of another kind of output DeepSpeed says that it cannot detect the tensors."""
+    from deepspeed.runtime.zero.utils import apply_to_tensors_only
+
+    unknown: list[object] = []
+    terms = LossTerms(torch.zeros(2), torch.ones(()))
+    seen = apply_to_tensors_only(lambda tensor: tensor + 1, terms, unknown.append)
+    assert isinstance(seen, LossTerms)
+    assert (seen.sum_E.tolist(), float(seen.total), seen.extra_X) == ([1.0, 1.0], 2.0, None)
+    assert unknown == []
 
 
 def test_learning_rate() -> None:

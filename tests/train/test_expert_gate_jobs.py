@@ -9,7 +9,7 @@ import torch
 from quietgoose.routing.library import ExpertLibrary
 from quietgoose.train.jobs.experts import ExpertJob
 from quietgoose.train.jobs.gates import GateJob
-from quietgoose.train.recipe import ExpertSettings, GateSettings, TrainSettings
+from quietgoose.train.recipe import ExpertSettings, GateSettings, RowTrainSettings
 from quietgoose.train.types import Batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,7 +48,7 @@ def packed() -> tuple[Batch, list[tuple[int, torch.Tensor, torch.Tensor]]]:
 
 
 def settings(recompute: bool = False) -> ExpertSettings:
-    return ExpertSettings(rank=2, alpha=4.0, train=TrainSettings(activation_checkpointing=recompute))
+    return ExpertSettings(rank=2, alpha=4.0, train=RowTrainSettings(activation_checkpointing=recompute))
 
 
 def randomise(job: ExpertJob | GateJob) -> None:

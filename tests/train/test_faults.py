@@ -6,6 +6,7 @@ Row numbers in names and comments are those of the fault matrix. Ranks are real 
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -237,11 +238,70 @@ def test_r12_nan_is_skipped_by_all_and_three_in_a_row_end_the_run(ranks, tmp_pat
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
-def test_r14_a_hang_ends_with_7(ranks, tmp_path) -> None:
-    hung = ranks([case("run", hang_seconds=3, plan=[fault("micro", 1, 4, "hang")])])
+def test_after_bad_steps_in_a_row_the_newest_checkpoint_continues(ranks, whole, tmp_path) -> None:
+    """The run that stopped left its last checkpoint as it was; without the fault it ends as if nothing had been."""
+    always = [fault("loss", 1, step, "nan") for step in (4, 5, 6)]
+    for _ in range(2):  # the same rows are bad again: it stops again, from the same place
+        stopped = ranks([case("run", every=4, plan=always)])
+        assert stopped.codes == [5, 5]
+        message = read_json(tmp_path / "run" / "outcome.json")["message"]
+        assert message.startswith("QG-NUM-001 step 6: not finite: rank 1: loss of a")
+        assert "3 bad steps in a row" in message
+        assert "The last checkpoint is untouched" in message
+        assert names(tmp_path) == ["step_00000004"]
+        verify(tmp_path / "run" / "checkpoints" / "step_00000004")
+    again = ranks([case("run", every=4)])
+    assert again.codes == [0, 0]
+    assert again.results["run"].start == 4
+    continues(whole["zero2"], again.results["run"])
+
+
+def test_r16_a_step_without_a_label_is_skipped_by_all(ranks, tmp_path) -> None:
+    """It leaves everything as a step that was skipped for another reason does; ten in a row are too many."""
+    strategies = ("zero0", "zero2", "zero3")
+    cases = [case(f"empty-{s}", s, empty_steps=[3]) for s in strategies]
+    cases += [case(f"bad-{s}", s, plan=[fault("loss", 0, 3, "nan")]) for s in strategies]
+    cases.append(case("always", empty_steps=list(range(2, 20))) | {"steps": 20, "every": 100})
+    done = ranks(cases)
+    assert done.codes == [2, 2]
+    for strategy in strategies:
+        result, wanted = done.results[f"empty-{strategy}"], done.results[f"bad-{strategy}"]
+        assert (result.code, result.applied, result.skipped) == (0, STEPS - 1, 1)
+        assert [skipped for _, _, skipped in result.losses] == [step == 3 for step in range(STEPS)]
+        assert (result.losses[4:], result.sha256) == (wanted.losses[4:], wanted.sha256)
+        skipped = next(e for e in result.events if e["kind"] == "step_skipped")
+        assert (skipped["code"], skipped["reason"]) == (
+            "QG-DATA-004", "step 3: no row of any rank has a label token",
+        )  # fmt: skip
+    assert len(done.results["always"].losses) == 12
+    assert "10 steps in a row; check loss_on" in read_json(tmp_path / "always" / "outcome.json")["message"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "point", "section"), [("zero2", "micro", "step 4"), ("zero3", "step", "data of step 4")]
+)
+def test_r14_a_hang_ends_with_7_and_names_the_rank(ranks, tmp_path, strategy: str, point: str, section: str) -> None:
+    hung = ranks([case("run", strategy, hang_seconds=2, plan=[fault(point, 1, 4, "hang")])])
     assert hung.codes == [7, 7]
     assert read_outcome(tmp_path / "run") == 7
-    assert "no progress for 3 s in: step 4" in read_json(tmp_path / "run" / "outcome.json")["message"]
+    message = read_json(tmp_path / "run" / "outcome.json")["message"]
+    assert re.match(rf"QG-DIST-003 rank 1: no progress for [2-9] s in: {section} \(faults.py:\d+ point\);", message), (
+        message
+    )
+    assert re.search(r"waiting for it: rank 0 in step 4 \(engine.py:\d+ \w+\)", message), message
+
+
+def test_r14_a_slow_rank_is_named(ranks) -> None:
+    slow = {section: {"rank": 1, "section": section, "seconds": 0.03} for section in ("data", "forward")}
+    cases = [case(name, slow=given) for name, given in slow.items()] + [case("even", step_seconds=0.02)]
+    done = ranks([one | {"steps": 20, "every": 100} for one in cases])
+    assert done.codes == [0, 0]
+    for section in slow:
+        (event,) = (e for e in done.results[section].events if e["kind"] == "rank_slow")
+        assert (event["code"], event["rank"], event["section"], event["step"]) == ("QG-DIST-003", 1, section, 19)
+        assert event["seconds"] > max(0.03, 5 * event["others"])
+        assert event["reason"].startswith("rank 1 takes 0.0")
+    assert not any(e["kind"] == "rank_slow" for e in done.results["even"].events)
 
 
 def test_r20_out_of_memory_on_one_rank(ranks, tmp_path) -> None:
@@ -270,6 +330,28 @@ def test_r4_signals_and_stop_file(fork_server, ranks, whole, tmp_path) -> None:
         request_stop(tmp_path / run, now=now)
         assert [helpers["_join"](p) for p in processes] == [code, code]
         assert (tmp_path / run / "checkpoints").exists() is not now
+
+
+@pytest.mark.parametrize("presses", [1, 2, 3])
+def test_r4_repeated_interrupts_across_ranks(fork_server, tmp_path, presses: int) -> None:
+    """Ctrl-C reaches all ranks at once: the first saves, any later one stops without saving. The launcher's SIGTERM that follows
+    each is no second wish."""
+    helpers = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
+    slow = case("run", steps=5000, every=10_000, step_seconds=1.5, key_press_seconds=0.1)
+    processes = helpers["start_ranks"](fork_server, [slow], 2, tmp_path)
+    wait_for(lambda: (tmp_path / "run" / "first_step").exists())
+    for _ in range(presses):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for process in processes:
+                os.kill(process.pid, number)
+            time.sleep(0.01)
+        time.sleep(0.2)
+    code = 75 if presses == 1 else 76
+    assert [helpers["_join"](p) for p in processes] == [code, code]
+    outcome = read_json(tmp_path / "run" / "outcome.json")
+    assert (outcome["state"], outcome["code"]) == ("stopped", code)
+    assert outcome["message"].startswith("QG-RUN-001 SIGINT" if presses == 1 else "QG-RUN-002 SIGINT")
+    assert (tmp_path / "run" / "checkpoints").exists() is (presses == 1)
 
 
 def wait_for(condition, seconds: float = 60) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -175,6 +176,8 @@ THINKING = ["--stages=[base,thoughts]", "--data.thoughts.path=steps:permutations
         (["--thoughts.tokens=250"], "CFG-008", "over the base's context 256"),
         (["--thoughts.train.activation_checkpointing=true"], "CFG-008", "thoughts.chunk"),
         (["--thoughts.rank=0"], "CFG-003", "thoughts.rank: 0"),
+        (["--thoughts.rollout_chunk=-1"], "CFG-003", "thoughts.rollout_chunk: -1"),
+        (["--thoughts.capture=off"], "CFG-003", "capture"),
         (["--thoughts.preset=papr"], "CFG-003", "papr"),
         (["--stages=[base,thoughts,evaluate]", "--evaluate.thoughts.arms=[thought]"], "CFG-026", "evaluate.thoughts"),
     ],
@@ -183,6 +186,21 @@ def test_thoughts_refused(recipe_file: Path, options: list[str], code: str, text
     error = refused("--config", recipe_file, *THINKING, *options)
     assert f"QG-{code}" in str(error)
     assert text in str(error)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "yarn"])
+def test_thoughts_over_positions_that_depend_on_the_length(recipe_file: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 4096, "rope_parameters": rope}))
+    given = ["--config", recipe_file, *THINKING, "--stages=[thoughts]", f"--base.model={folder}"]
+    if kind == "yarn":
+        assert load_recipe([str(one) for one in given]).base.model == str(folder)
+        return
+    error = refused(*given)
+    assert error.code == "QG-CFG-105"
+    assert f"of type '{kind}'" in str(error)
 
 
 def test_thoughts_of_a_recipe(recipe_file: Path) -> None:

@@ -87,7 +87,13 @@ def test_merged_zero2_is_golden() -> None:
         "gradient_accumulation_steps": 3,
         "train_batch_size": 24,
         "gradient_clipping": 0.0,
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
+
+
+def test_one_process_overlaps_nothing() -> None:
+    alone = merge(load_strategy("zero2"), micro_rows=2, micro_count=3, world_size=1, trainable=10**6)
+    assert not alone["zero_optimization"]["overlap_comm"]
 
 
 def test_nothing_automatic_and_small_buckets_for_small_runs() -> None:

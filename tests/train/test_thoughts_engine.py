@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from quietgoose.train.schedule import learning_rate
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
 STEPS = 4
@@ -51,6 +52,8 @@ def plain(tools: dict, given: dict) -> tuple[list[dict[str, float]], dict[str, f
             sums += terms.sum_E
         for group in groups:
             torch.nn.utils.clip_grad_norm_(group["params"], settings.clip)
+            for parameter in group["params"] if group["name"] in job.resting(step) else ():
+                parameter.grad = None
         for group in adamw.param_groups:
             group["lr"] = learning_rate(settings, step, 20) * group["lr_scale"]
         adamw.step()
@@ -114,6 +117,27 @@ def test_what_may_be_trained_and_the_controls(ranks, tools, sharded) -> None:
         close(done.results[kind], losses, trained, kind)
 
 
+def test_in_the_distillation_start_end_and_head_stand_still(ranks, sharded, tmp_path) -> None:
+    """Bit for bit, whatever AdamW remembers of them; the LoRA goes on learning."""
+    sizes = {
+        "preset": "curriculum",
+        "curriculum_sizes": [[2, 1]],
+        "tokens": None,
+        "limit": 4,
+    }  # of 20 steps the last 10 distil
+    strategies = {"zero0": "zero0", "offload": "zero2_offload", "sharded": sharded}
+    cases = [case(strategy, name, thoughts=sizes) for name, strategy in strategies.items()]
+    done = ranks([one | {"every": 10, "steps": 12} for one in cases], 1)
+    assert done.codes == [0]
+    for name in strategies:
+        folder = tmp_path / name / "checkpoints"
+        begun, end = (load_file(folder / f"step_000000{step}" / "state.safetensors") for step in (10, 12))
+        rest = [key for key in begun if "/parameters_of_thoughts." in key]
+        assert len(rest) == 3 * 6, "START and END, five tensors of the head, each with its two moments"
+        assert all(torch.equal(begun[key], end[key]) for key in rest), name
+        assert not torch.equal(begun["parameter/lora.flat_P"], end["parameter/lora.flat_P"]), name
+
+
 def test_statistics_do_not_depend_on_the_number_of_processes(ranks) -> None:
     one, two = (ranks([case("zero2", f"w{world}")], world).results[f"w{world}"] for world in (1, 2))
     for mine, other in zip(one.extra, two.extra):
@@ -161,6 +185,31 @@ def test_each_group_has_its_own_learning_rate(tools) -> None:
     assert rates == pytest.approx({"adapter": 1e-2, "meta": 3e-2, "head": 1e-3})
     plain_tuning, _, _ = tools["build"]({"thoughts": {"control": "no_thoughts"}})
     assert [group["name"] for group in plain_tuning.parameter_groups()] == ["adapter"]
+
+
+def test_chunks_of_the_rollout_bound_what_is_sampled_at_once(tools, monkeypatch) -> None:
+    """`rollout_chunk` counts thoughts of a row; neither it nor `capture` changes what is learned."""
+    from quietgoose.thoughts import rollout as module
+
+    sizes, totals = [], []
+    made = module._Stepper.__init__
+
+    def noted(self, policy, prefix, anchors, *more, **options) -> None:
+        sizes.append(anchors.count)
+        made(self, policy, prefix, anchors, *more, **options)
+
+    monkeypatch.setattr(module._Stepper, "__init__", noted)
+    for changes in ({}, {"rollout_chunk": 5}, {"rollout_chunk": 1, "capture": "never"}):
+        job, data, _ = tools["build"]({"thoughts": changes})
+        assert (job.graphs is None) == ("capture" in changes)
+        job.begin_step(0, torch.tensor([0.7, 1.3, 0.4, 0.0]))
+        loss = job(data.step(0).micro[0])
+        loss.total.backward()
+        totals.append([loss.total.item(), *(float(p.grad.norm()) for p in job.parameters() if p.requires_grad)])
+    assert sizes[1:] == [2, 1]
+    assert sizes[0] > 2
+    assert totals[1] == pytest.approx(totals[0], rel=1e-5)
+    assert totals[2] == pytest.approx(totals[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def run(output: Path, *options: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_a_run_without_experts(tmp_path: Path, trainable: str) -> None:
-    done = run(tmp_path / "run", "--thoughts.trainable", trainable)
+    dtype = "float32" if trainable == "full" else "bfloat16"
+    done = run(tmp_path / "run", "--thoughts.trainable", trainable, "--base.dtype", dtype)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "thoughts save" in done.stderr
     evaluated = tmp_path / "run" / "stages" / "evaluate" / "result"
@@ -75,7 +76,7 @@ def test_the_dry_run_knows_what_a_step_thinks() -> None:
     from quietgoose.train.recipe import NanoSettings
     from quietgoose.train.settings import load_recipe
 
-    options = ["--config", str(ROOT / "launch/recipes/thoughts_permutations.yaml"), *TINY]
+    options = ["--config", str(ROOT / "launch/recipes/thoughts_permutations.yaml"), *TINY, "--base.dtype=float32"]
     width = 32
     model, _ = build_nano(NanoSettings(layers=2, width=width, heads=2, kv_heads=1, mlp_width=48, context=128), 0)
     lora = AdapterLayout.uniform(all_sites(model), 16).numel
@@ -90,6 +91,7 @@ def test_the_dry_run_knows_what_a_step_thinks() -> None:
     assert found.thoughts is not None
     assert (found.thoughts.thoughts, found.thoughts.tokens) == (2 * 40 * 4, 2 * 40 * 4 * 2)
     assert found.thoughts.stored == 40 * 4 * 2 * (2 * 2 * 1 * 16 * 4), "one row a process: entries of K and V, fp32"
+    assert stage("--thoughts.rollout_chunk=12").thoughts.stored == 3 * 4 * 2 * (2 * 2 * 1 * 16 * 4), "3 anchors at once"
     assert stage("--thoughts.limit=5").thoughts.thoughts == 2 * 5 * 4
     assert stage("--thoughts.trainable=embeddings").trainable == 2 * width + head
     assert stage("--thoughts.trainable=full").frozen == 0

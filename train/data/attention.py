@@ -17,6 +17,8 @@ import torch
 from ...base.errors import EnvironmentProblem, RecipeError
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2")
+FLEX, VARLEN = "quietgoose_flex", "quietgoose_varlen"
+"""Ways of ours to read packed rows, for training (packed_attention.py)."""
 
 
 class PackedBatch(Protocol):
@@ -43,6 +45,10 @@ def model_inputs(
     """
     if implementation == "flash_attention_2":
         return _flash_inputs(batch)
+    if implementation in (FLEX, VARLEN):
+        from .packed_attention import packed_inputs
+
+        return packed_inputs(batch, implementation)
     allowed_B1TT = block_causal_mask(batch.segment_BT)
     mask: torch.Tensor = allowed_B1TT
     if implementation == "eager":  # eager adds the mask to the scores

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...base.errors import RecipeError
-from ..recipe import DataSettings, SourceSettings, TrainSettings
+from ..recipe import DataSettings, RowTrainSettings, SourceSettings, TrainSettings
 from .loader import StepData, Terms
 from .packing import pack
 from .rows import log
@@ -47,7 +47,8 @@ def build_step_data(
             raise RecipeError("stages has 'base', so data.base must name its source", code="CFG-011")
         tokens = token_set(source, name, tokenizer, rule, cache / "tokens", seed, reads)
         packed.append(pack(name, tokens, settings.sequence_length, pad_id or 0, seed))
-    data = StepData(packed, train.rows_per_expert, train.micro_rows, seed, rank, world, pad_id or 0, terms)
+    alone = isinstance(train, RowTrainSettings) and train.parallel == "expert"
+    data = StepData(packed, train.rows_per_expert, train.micro_rows, seed, rank, world, pad_id or 0, terms, alone)
     for name, summary in data.summary().items():
         log.info("%s: %s", name, summary)
     return data

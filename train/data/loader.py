@@ -8,9 +8,11 @@ continues at any step. Called by train/loop.py through `StepData.step`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -55,7 +57,8 @@ class StepData:
     Row j of expert e is number e*n + j of the step; rank r holds the numbers r, r + world, r + 2*world, ...
     and cuts them into micro-batches in that order. What is missing at the end is filled with empty rows
     (segment 0, label -100, expert 0), so every rank has the same number of micro-batches of the same shape.
-    `terms`: loss terms of a job whose terms are not the sources.
+    `terms`: loss terms of a job whose terms are not the sources. `by_expert`: rank r holds all rows of the experts
+    r, r + world, ... instead (train/parallel.py); every rank has as many micro-batches as the fullest.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class StepData:
         world: int = 1,
         pad_id: int = 0,
         terms: Terms | None = None,
+        by_expert: bool = False,
     ) -> None:
         _check(experts, rows_per_expert, micro_rows)
         self.experts = experts
@@ -79,9 +83,15 @@ class StepData:
         self.terms = terms
         self.length = experts[0].tokens_BT.shape[1]
         self._first_rows = np.cumsum([0, *(packed.rows for packed in experts)])
-        self.share = share_of(len(experts) * rows_per_expert, micro_rows, world)
+        self.by_expert = by_expert
+        most = -(-len(experts) // world) * world if by_expert else len(experts)
+        self.share = share_of(most * rows_per_expert, micro_rows, world)
+        self._group_rows = self._equal_runs()
+        self._documents = 1 + max(int(packed.segment_BT.max()) for packed in experts)  # and the padding
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="quietgoose-data")
+        device = torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+        self._pins = device is not None
+        self._worker = ThreadPoolExecutor(1, "quietgoose-data", _on_device, (device,))
         self._ahead: tuple[int, Future[StepBatch]] | None = None
 
     @property
@@ -115,7 +125,7 @@ class StepData:
             else self._worker.submit(self._make, step).result()
         )
         self._ahead = (step + 1, self._worker.submit(self._make, step + 1))
-        return _pinned(made) if torch.cuda.is_available() and torch.cuda.is_initialized() else made
+        return made
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
@@ -142,14 +152,33 @@ class StepData:
     def _make(self, step: int) -> StepBatch:
         chosen = [self.row_numbers(e, step) for e in range(len(self.experts))]
         pairs = [(e, int(row)) for e, numbers in enumerate(chosen) for row in numbers]
-        mine = pairs[self.rank :: self.world]
-        size = self.share.rows
-        return StepBatch(
+        made = StepBatch(
             step=step,
-            micro=tuple(self._batch(mine[m * size : (m + 1) * size], size) for m in range(self.share.micros)),
+            micro=tuple(self._batch(part, self.share.rows) for part in self._micro(self._mine(pairs))),
             count_E=self._counts(step, chosen, pairs),
             tokens=int(sum(packed.token_B[rows].sum() for packed, rows in zip(self.experts, chosen))),
         )
+        return _pinned(made) if self._pins else made
+
+    def _mine(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """This rank's part of the (expert, row) pairs of a step."""
+        if self.by_expert:
+            return [pair for pair in pairs if pair[0] % self.world == self.rank]
+        return pairs[self.rank :: self.world]
+
+    def _micro(self, mine: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        size = self.share.rows
+        return [mine[m * size : (m + 1) * size] for m in range(self.share.micros)]
+
+    def _equal_runs(self) -> int:
+        """The largest number of rows of which every run of one expert in this rank's micro-batches is a multiple; the
+        same in every step."""
+        pairs = [(e, 0) for e in range(len(self.experts)) for _ in range(self.rows_per_expert)]
+        runs = []
+        for part in self._micro(self._mine(pairs)):
+            experts = [e for e, _ in part] + [0] * (self.share.rows - len(part))
+            runs += [len(list(same)) for _, same in groupby(experts)]
+        return math.gcd(*runs)
 
     def _counts(self, step: int, chosen: list[np.ndarray], pairs: list[tuple[int, int]]) -> torch.Tensor:
         if self.terms is not None:
@@ -167,13 +196,34 @@ class StepData:
             row_B[place] = self._first_rows[expert] + row
             for name in FIELDS:
                 arrays[name][place] = getattr(self.experts[expert], name)[row]
-        segment = torch.from_numpy(arrays.pop("segment_BT").astype(np.int32))
+        segment_BT = arrays.pop("segment_BT").astype(np.int32)
+        group_G = expert_B[:: self._group_rows].copy()
+        grouped = np.array_equal(group_G.repeat(self._group_rows)[:size], expert_B) and size % self._group_rows == 0
         return Batch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
-            segment_BT=segment,
+            segment_BT=torch.from_numpy(segment_BT),
             expert_B=torch.from_numpy(expert_B),
             row_B=torch.from_numpy(row_B),
+            label_L=torch.from_numpy(np.flatnonzero(arrays["labels_BT"] != IGNORE)),
+            group_G=torch.from_numpy(group_G) if grouped else None,
+            border_D=torch.from_numpy(borders(segment_BT, size * self._documents + 1)),
         )
+
+
+def borders(segment_BT: np.ndarray, length: int) -> np.ndarray:
+    """int32 [length]: where documents begin in the flattened rows (a row's padding is one), then B*T up to the end."""
+    starts_BT = np.ones(segment_BT.shape, dtype=bool)
+    starts_BT[:, 1:] = segment_BT[:, 1:] != segment_BT[:, :-1]
+    starts = np.flatnonzero(starts_BT)
+    found = np.full(length, segment_BT.size, dtype=np.int32)
+    found[: len(starts)] = starts
+    return found
+
+
+def _on_device(device: int | None) -> None:
+    """A new thread works on device 0 unless told otherwise, and page-locked memory belongs to a device's context."""
+    if device is not None:
+        torch.cuda.set_device(device)
 
 
 def _check(experts: list[PackedExpert], rows_per_expert: int, micro_rows: int) -> None:
@@ -188,7 +238,6 @@ def _check(experts: list[PackedExpert], rows_per_expert: int, micro_rows: int) -
 
 
 def _pinned(batch: StepBatch) -> StepBatch:
-    """Page-locked copies, so that Batch.to(cuda) does not wait. Done in the caller's thread, on its
-    device."""
+    """Page-locked copies, so that Batch.to(cuda) does not wait."""
     micro = tuple(m.map(lambda tensor: tensor.pin_memory()) for m in batch.micro)
     return StepBatch(batch.step, micro, batch.count_E, batch.tokens)

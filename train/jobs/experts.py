@@ -11,17 +11,25 @@ from ...base.randomness import uniform
 from ...base.seeding import derive
 from ...routing.sites import find_sites
 from ...routing.training import TrainableExperts
+from ..compiled import Mode
 from ..data.attention import model_inputs
 from ..recipe import ExpertSettings
 from ..types import Batch, LossTerms
-from .checkpointing import recompute_activations
+from .rows import FastRows
 
 
-class ExpertJob(TrainableExperts):
+class ExpertJob(FastRows, TrainableExperts):
     """One loss term per expert, named like it, in the order of `names` (= `Batch.expert_B`)."""
 
     def __init__(
-        self, model: nn.Module, attention: str, names: Sequence[str], settings: ExpertSettings, seed: int
+        self,
+        model: nn.Module,
+        attention: str,
+        names: Sequence[str],
+        settings: ExpertSettings,
+        seed: int,
+        mode: Mode = "off",
+        own: Sequence[str] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -32,18 +40,20 @@ class ExpertJob(TrainableExperts):
             settings.rslora,
             seed,
             lambda batch: model_inputs(batch, attention, self._compute_dtype()),
+            own,
         )
         self.misrouting, self._seed, self._step = settings.misrouting, derive(seed, "misrouting"), 0
-        recompute_activations(model, settings.train.activation_checkpointing)
+        self.speed_up(settings.train, mode)
 
     def begin_step(self, step: int, weights_E: Tensor) -> None:
         """Called by the engine before a step's first forward."""
         self._step = step
 
     def forward(self, batch: Batch) -> LossTerms:
-        if self.misrouting > 0:
-            self.context.shares = self._shares(batch).to(self._compute_dtype()).unbind()
         return LossTerms(self.loss_sums(batch))
+
+    def shares(self, batch: Batch) -> Tensor | None:
+        return self._shares(batch).to(self._compute_dtype()) if self.misrouting > 0 else None
 
     def _shares(self, batch: Batch) -> Tensor:
         """fp32 [sites, B, T, 1]: 1, or uniform in [0, 1) with probability `misrouting`. A pure function of seed, step, the

@@ -26,6 +26,7 @@ from ...thoughts.policy import ModelPolicy, PolicyTensors
 from ...thoughts.rollout import RolloutGraphs
 from ...thoughts.types import TERMS
 from ..recipe import ThoughtSettings
+from ..thought_settings import rollout_anchors
 from ..types import Batch, LossTerms
 
 GAP_EVERY = 10
@@ -91,7 +92,7 @@ class ThoughtJob(nn.Module):
             None if decay is None or not self.thinks else MovingBaseline(self.policy.tensors().adapters, decay)
         )
         self.seed = derive(seed, "thoughts")
-        self.graphs = RolloutGraphs()
+        self.graphs = RolloutGraphs() if settings.capture == "auto" else None
         self._step, self._first = 0, True
         self._weights_M: Tensor | None = None
 
@@ -112,6 +113,10 @@ class ThoughtJob(nn.Module):
         ]
         return [{"name": name, "params": params, "lr_scale": own / rate} for name, params, own in groups if params]
 
+    def resting(self, step: int) -> tuple[str, ...]:
+        """Groups that no term of this step's loss trains: they stay as they are, whatever AdamW remembers of them."""
+        return () if self.config(step).trains_thoughts else ("meta", "head")
+
     def begin_step(self, step: int, weights_M: Tensor) -> None:
         """The engine's weights (world / count) of a step, before its first forward."""
         self._step, self._first = step, True
@@ -123,13 +128,15 @@ class ThoughtJob(nn.Module):
         model = self.policy.model
         if model.training:
             model.eval()  # no dropout: rollout and gradient pass must be one policy
+        config = self.config(self._step)
         loss = thought_loss(
             self.policy,
             batch,
-            self.config(self._step),
+            config,
             self._weights_M,
             Stream(self.seed, self._step, batch.row_B),
             chunk=self.settings.chunk or None,
+            rollout_chunk=rollout_anchors(self.settings, config),
             baseline_BL=self._baseline(batch),
             graphs=self.graphs,
             measure_gap=self.thinks and self._step % GAP_EVERY == 0,
