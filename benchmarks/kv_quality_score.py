@@ -54,6 +54,7 @@ class Scorer:
             yield slice(start, min(start + rows, count))
 
     def peer(self, method: Method) -> Peer:
+        self.model.set_attn_implementation("sdpa")  # a peer before may have left its own, which ZipCache refuses
         peer = make_peer(method.peer, self.model.config, **method.settings)
         self.model.set_attn_implementation(peer.attention)
         return peer
