@@ -3,6 +3,7 @@
     python benchmarks/gate_ablation.py --run runs/smollm2_collection --out gates.json [--k 1 2 3] [--limit 100]
     python benchmarks/gate_ablation.py --run A --out a.json --variants '{"steps400": {"steps": 400}}'
 
+With `--average 0.3 1` also routed by the sum of every gate's direction and so much of its mean activation's.
 Takes the sealed experts of a run, trains gates anew for every variant (keys: steps, rows_per_expert, lr, eps, schedule,
 beta2) and routes the experts' own validation sets. Writes after every variant; prints a table with the distance to the
 oracle. The test sets are not read. One process, one device.
@@ -15,6 +16,8 @@ import dataclasses
 import json
 import tempfile
 import time
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ import torch
 from quietgoose.base.files import write_json
 from quietgoose.evaluation.run import evaluate
 from quietgoose.routing.gates_format import load_gates
+from quietgoose.routing.library import ExpertLibrary
+from quietgoose.routing.routers import SiteVectors, gate_vectors, standardise
 from quietgoose.routing.sites import find_sites
-from quietgoose.train.arms import build_arms
+from quietgoose.train.arms import build_arms, routed
 from quietgoose.train.data.loader import StepData
 from quietgoose.train.engine import Engine, initialize_distributed, shutdown
-from quietgoose.train.evaluate_stage import load_tasks
+from quietgoose.train.evaluate_stage import load_tasks, mean_activations
 from quietgoose.train.facts import facts
 from quietgoose.train.recipe import Recipe
 from quietgoose.train.run_folder import RunFolder
@@ -88,7 +93,19 @@ def context_of(recipe: Recipe, run: Path, device: torch.device, world: Any, seen
     )
 
 
-def score(context: Context, gates: Path, tasks: list[Any], ks: list[int], with_oracle: bool) -> dict[str, Any]:
+def summed(library: ExpertLibrary, means: SiteVectors, share: float) -> SiteVectors:
+    """Gates as the router sees them (standardised) plus `share` of the mean activations, standardised alike."""
+    return {
+        site: {
+            name: standardise(gate) + share * standardise(means[site][name].to(gate)) for name, gate in gates.items()
+        }
+        for site, gates in gate_vectors(library).items()
+    }
+
+
+def score(
+    context: Context, gates: Path, tasks: list[Any], ks: list[int], with_oracle: bool, shares: list[float]
+) -> dict[str, Any]:
     """Arm -> macro mean and accuracy by task, on the tasks given."""
     base = the_base(context, "evaluate")
     sites = tuple(find_sites(base.model, ["all-linear"]))
@@ -98,6 +115,11 @@ def score(context: Context, gates: Path, tasks: list[Any], ks: list[int], with_o
     for k in ks:
         made, _ = build_arms(["phatgoose"], base.model, library, tasks, k, 0, dict)
         arms[f"k{k}"] = made["phatgoose"]
+    means = mean_activations(context, base, library) if shares else {}
+    for k, share in product(ks, shares):
+        arms[f"k{k} + {share:g} average"] = routed(
+            base.model, library, "phatgoose", k, 0, partial(summed, library, means, share)
+        )
     if with_oracle:
         made, limited = build_arms(["oracle"], base.model, library, tasks, 1, 0, dict)
         arms |= made
@@ -119,6 +141,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--variants", type=json.loads, default=VARIANTS)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--average", type=float, nargs="*", default=[], help="shares of the mean activations")
     parser.add_argument("--limit", type=int, default=100, help="items of every validation set")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further variant after this long")
     options = parser.parse_args()
@@ -140,7 +163,9 @@ def main() -> None:
             begin = time.monotonic()
             run_gates(context)(Path(folder))
             trained_seconds = time.monotonic() - begin
-            rows = score(context, Path(folder) / "gates.safetensors", tasks, options.k, not report["variants"])
+            rows = score(
+                context, Path(folder) / "gates.safetensors", tasks, options.k, not report["variants"], options.average
+            )
         report["variants"][name] = {
             "settings": {**change}, "seconds": round(trained_seconds, 1), "loss": [round(r.loss, 4) for r in seen[::10]],
             "gradient_norms": {e: [float(f"{r.gradient_norms[e]:.2g}") for r in seen[::10]] for e in names}, **rows,

@@ -68,7 +68,7 @@ def build_arms(
         if name == "base":
             arms[name] = lambda: _plain(model)
         elif name == "experts":
-            arms |= {f"expert:{e}": _routed(model, library, f"expert:{e}", k, seed) for e in library.names}
+            arms |= {f"expert:{e}": routed(model, library, f"expert:{e}", k, seed) for e in library.names}
         elif name == "oracle":
             own = tuple(task.name for task in tasks if task.name in library)
             if own:
@@ -77,11 +77,11 @@ def build_arms(
         elif name in MERGES:
             arms[name] = _merged(model, library, name, seed)
         elif name == "permuted":
-            arms[name] = _routed(model, library, "phatgoose", k, seed, lambda: permuted_gates(library, seed))
+            arms[name] = routed(model, library, "phatgoose", k, seed, lambda: permuted_gates(library, seed))
         elif name == "average_activation":
-            arms[name] = _routed(model, library, name, k, seed, activations)
+            arms[name] = routed(model, library, name, k, seed, activations)
         else:
-            arms[name] = _routed(model, library, name, k, seed)
+            arms[name] = routed(model, library, name, k, seed)
     return arms, limited
 
 
@@ -102,9 +102,11 @@ def _plain(model: Any) -> Iterator[None]:
     yield
 
 
-def _routed(
+def routed(
     model: Any, library: ExpertLibrary, router: str, k: int, seed: int, vectors: Callable[[], SiteVectors] | None = None
 ) -> Arm:
+    """The model under one of routing/routers.py's routers; `vectors` are made when the arm is entered, in the place of its own."""
+
     @contextmanager
     def enter() -> Iterator[None]:
         made = vectors() if vectors is not None else None
