@@ -49,6 +49,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fuse", nargs="+", default=["layer"], choices=["none", "layer", "model"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1], help="of the part `decode`")
     parser.add_argument("--layers", type=int, default=None, help="of llama3-8b's model (default 4) and smollm2's (30)")
+    parser.add_argument(
+        "--implementation", choices=["auto", "triton"], default="auto",
+        help="of whole models; triton: also formulations that no GPU has confirmed yet (kernels/routed_lora/tiles.py)",
+    )  # fmt: skip
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget-seconds", type=float, default=500.0, help="no cell starts later than this")

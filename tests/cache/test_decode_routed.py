@@ -84,8 +84,10 @@ def test_a_routed_model_decodes_as_it_generates(kind: str, router: str) -> None:
     assert not torch.equal(one.generate(ids, mask, max_new_tokens=14, eos_token_id=None), want)
 
 
-@pytest.mark.parametrize("fuse", ["model", "layer"])
-@pytest.mark.parametrize("kind", ["static", "zip"])
+@pytest.mark.parametrize(
+    ("kind", "fuse"),
+    [("static", "model"), ("zip", "layer"), *([] if DEVICE == "cpu" else [("static", "layer"), ("zip", "model")])],
+)
 def test_a_compiled_step_keeps_routing_inside(kind: str, fuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph with the routed operators in it; on a CPU the tracing is checked, on a GPU Inductor and the capture."""
     from quietgoose.cache import decode_fuse
@@ -110,7 +112,7 @@ def test_a_compiled_step_keeps_routing_inside(kind: str, fuse: Any, monkeypatch:
     assert torch.equal(reference(model, ids, mask, 10), want)
 
 
-@pytest.mark.parametrize("kind", ["static", "zip"])
+@pytest.mark.parametrize("kind", ["static"] if DEVICE == "cpu" else ["static", "zip"])
 def test_the_decode_kernels_give_the_logits_of_the_twin(kind: str) -> None:
     """One row, three steps; the kernels that a GPU takes by itself."""
     logits: dict[str, list[torch.Tensor]] = {"reference": [], "triton": []}

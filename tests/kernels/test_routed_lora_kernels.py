@@ -31,8 +31,8 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 # tokens, input width, output widths, ranks of every expert at every site, k
 CASES = {
     "one token": (1, 40, (30,), [[3, 0, 5]], 2),
-    "three sites": (37, 48, (40, 24, 24), [[4, 4, 4, 4]] * 3, 2),
-    "mixed ranks": (63, 33, (20, 50), [[1, 2, 3, 4, 5], [2, 2, 0, 7, 1]], 3),
+    "three sites": (18, 48, (40, 24, 24), [[4, 4, 4, 4]] * 3, 2),
+    "mixed ranks": (35, 33, (20, 50), [[1, 2, 3, 4, 5], [2, 2, 0, 7, 1]], 3),
     "one expert": (5, 24, (7,), [[4]], 1),
     "k is N": (17, 16, (18,), [[2, 64, 1]], 3),
     "k beyond those present": (9, 16, (18, 6), [[2, 0, 0], [1, 3, 2]], 3),
@@ -47,6 +47,8 @@ ON_GPU = {
 }
 if GPU:
     CASES |= ON_GPU
+# the interpreter is slow: one case in fp16 says what there is to say about it
+PAIRS = [(case, dtype) for case in CASES for dtype in DTYPES if GPU or dtype == torch.float32 or case == "mixed ranks"]
 
 
 class Problem(NamedTuple):
@@ -97,24 +99,29 @@ def exact(p: Problem, arrow: bool = False) -> tuple[Tensor, Tensor, list[Tensor]
     return weights, index, [h @ b.double() for h, b in zip(parts, p.b)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_every_formulation_equals_fp64(case: str, dtype: torch.dtype) -> None:
     p = problem(case, dtype)
     gates, tables = lists(p)
     shape = group_shape(p.ranks)
     updates = exact(p)[2]
-    methods = ["stock", "fused", "grouped", "grouped_reference", *(["decode"] if p.x.shape[0] <= 64 else [])]
-    for biases in ([], p.biases) if case == "three sites" else ([],):
-        plain = [p.x.double() @ w.double().t() for w in p.weights]
-        plain = [y + b.double() for y, b in zip(plain, biases)] if biases else plain
-        for method in methods:
-            got = torch.ops.quietgoose.routed_linears(
-                p.x, p.weights, biases, p.a, p.b, gates, tables, shape.num_experts, shape.widest, p.k, False, method
-            )
-            for site, (y, base, update) in enumerate(zip(got, plain, updates)):
-                assert y.is_contiguous()
-                assert_close(f"{method}, site {site}", y, base + update)
+    methods = [
+        "stock",
+        "fused",
+        "grouped",
+        *(["grouped_reference"] if case == "three sites" or GPU else []),
+        *(["decode"] if len(p.x) <= 64 else []),
+    ]
+    biases = p.biases if case == "three sites" else []
+    plain = [p.x.double() @ w.double().t() for w in p.weights]
+    plain = [y + b.double() for y, b in zip(plain, biases)] if biases else plain
+    for method in methods:
+        got = torch.ops.quietgoose.routed_linears(
+            p.x, p.weights, biases, p.a, p.b, gates, tables, shape.num_experts, shape.widest, p.k, False, method
+        )
+        for site, (y, base, update) in enumerate(zip(got, plain, updates)):
+            assert y.is_contiguous()
+            assert_close(f"{method}, site {site}", y, base + update)
 
 
 @pytest.mark.parametrize("arrow", [False, True])
@@ -160,8 +167,7 @@ def test_gradients_of_routing_equal_fp64(case: str, dtype: torch.dtype, arrow: b
     assert_close("gates", got[1], want[1], dtype=torch.float32, direction="gradient")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_gradients_of_grouped_experts_equal_fp64(case: str, dtype: torch.dtype) -> None:
     p = problem(case, dtype)
     shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
@@ -198,11 +204,11 @@ def test_gradients_of_grouped_experts_equal_fp64(case: str, dtype: torch.dtype) 
 def test_an_expert_that_no_token_chose_gets_gradient_zero() -> None:
     p = problem("three sites", torch.float32)
     tables = group_tables(p.ranks[:1], p.x.device)
-    index = torch.tensor([[0, 3]], dtype=torch.int32, device=DEVICE).expand(37, 2).contiguous()
+    index = torch.tensor([[0, 3]], dtype=torch.int32, device=DEVICE).expand(len(p.x), 2).contiguous()
     a, b = p.a[:16].clone().requires_grad_(), p.b[0].clone().requires_grad_()
-    weight = torch.full((37, 2), 0.5, device=DEVICE)
+    weight = torch.full((len(p.x), 2), 0.5, device=DEVICE)
     y = torch.ops.quietgoose.grouped_experts(
-        torch.zeros(37, 40, device=DEVICE), p.x, weight, index, a, b, tables.start_Z, tables.rank_Z, 4
+        torch.zeros(len(p.x), 40, device=DEVICE), p.x, weight, index, a, b, tables.start_Z, tables.rank_Z, 4
     )
     da, db = torch.autograd.grad(y.sum(), (a, b))
     assert da[4:12].abs().max() == 0
@@ -217,7 +223,7 @@ def test_a_long_shrink_is_split_over_launches(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(launch, "FUSED_DECODE_BYTES", 10)
     monkeypatch.setattr(launch, "DECODE_SPLIT", 20)
-    for case in ("one token", "three sites", "k beyond those present"):
+    for case in ("one token", "k beyond those present"):
         p = problem(case, torch.float32)
         gates, tables = lists(p)
         shape = group_shape(p.ranks)
@@ -234,7 +240,7 @@ def test_rows_of_a_wider_tensor_and_every_tile_shape() -> None:
 
     p = problem("mixed ranks", torch.float32)
     shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
-    wide = torch.full((63, 50), float("nan"), device=DEVICE)
+    wide = torch.full((len(p.x), 50), float("nan"), device=DEVICE)
     wide[:, 5:38] = p.x
     x = wide[:, 5:38]
     gates = split_gates(p.vectors, x.dtype)
