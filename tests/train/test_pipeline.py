@@ -25,7 +25,7 @@ from quietgoose.train.run_folder import hash_tree
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400), pytest.mark.xdist_group("pipeline")]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
 SMALL = [
     "--base.nano", '{"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "mlp_width": 128, "context": 128}',

@@ -14,7 +14,7 @@ from quietgoose.train import export
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.timeout(300)
 
 TINY = [
     "--base.nano", '{"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "mlp_width": 48, "context": 128}',

@@ -45,7 +45,6 @@ def start(output: Path, world: int, *options: str, **environment: str) -> subpro
 
 
 @pytest.mark.distributed
-@pytest.mark.xdist_group("pipeline")
 @pytest.mark.timeout(300)
 def test_digits_from_teacher_to_export(tmp_path: Path) -> None:
     run = tmp_path / "run"
