@@ -174,11 +174,11 @@ def state(model: nn.Module) -> RoutingState:
 
 
 def _groups(modules: Mapping[str, RoutedLinear]) -> list[list[RoutedLinear]]:
-    """Modules that read one input, by name; those whose widths, dtypes or devices differ stay alone."""
+    """Modules that read one input, by name; those whose widths, dtypes, devices or having a bias differ stay alone."""
     found = []
     for names in sharing_groups(list(modules)):
         group = [modules[name] for name in names]
-        alike = {(m.in_features, m.base.weight.dtype, m.base.weight.device) for m in group}
+        alike = {(m.in_features, m.base.weight.dtype, m.base.weight.device, m.base.bias is None) for m in group}
         found += [group] if len(alike) == 1 else [[module] for module in group]
     return found
 

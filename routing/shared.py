@@ -203,9 +203,7 @@ class SharedBank(nn.Module):
         assert self.kind is not None
         (tokens, width), slots, wide = x_TI.shape, max(self.shape.slots), x_TI.dtype == torch.float32
         name = formulation(tokens, slots, width, wide, self._unverified)
-        biases = [base.bias for base in self._bases if base.bias is not None]
-        if len(biases) != len(self._bases):
-            biases = []
+        biases = [base.bias for base in self._bases if base.bias is not None]  # of all or of none
         b_RO = [self.b_RO_of(position) for position in range(len(self._bases))]
         compute = torch.ops.quietgoose.routed_linears if torch.compiler.is_compiling() else operators.linears
         return compute(

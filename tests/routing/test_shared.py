@@ -92,6 +92,19 @@ def test_kernels_equal_the_plain_model(small, tokens, monkeypatch, router, metho
     assert_close("logits", got, want, limit=1e-5)
 
 
+def test_a_bias_that_only_some_sites_of_a_group_have(small, tokens) -> None:
+    model, library = small
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "v_proj"):  # as in Whisper: k has none
+        linear = getattr(attention, name)
+        linear.bias = torch.nn.Parameter(torch.linspace(-1, 1, linear.out_features, device=DEVICE))
+    tokens = tokens[:1, :2].to(DEVICE)
+    with torch.no_grad():
+        want = attach(model, library, implementation="reference")(tokens).logits
+        got = attach(model, library, implementation="triton")(tokens).logits
+    assert_close("logits", got, want, limit=1e-5)
+
+
 def test_choices_are_those_of_the_twin(small) -> None:
     model, mixed = small
     found: dict[str, list[torch.Tensor]] = {}
