@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 TeacherKind = Literal["none", "self", "label", "random", "file", "ema"]
+TRAINED: tuple[TeacherKind, ...] = ("self", "label")
 SamplerMethod = Literal["euler", "heun", "sde"]
 
 

@@ -24,8 +24,8 @@ from ..base.errors import ArtifactError, RecipeError
 from ..base.files import read_json, sha256_file, sha256_json, sha256_tensors
 from ..base.tensor_file import read_tensors
 from .fitting import Pixels
-from .settings import TeacherSettings
-from .training import FACTS, TRAINED, WEIGHTS, build_vit, teacher_identity
+from .settings import TRAINED, TeacherSettings
+from .training import FACTS, WEIGHTS, build_vit, teacher_identity
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NONE = ("none", "ema")

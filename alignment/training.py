@@ -21,11 +21,10 @@ from ..base.errors import RecipeError
 from ..base.files import sha256_json, sha256_tensors, write_json
 from ..base.seeding import derive
 from .fitting import Pixels, Progress, augmented, fit, rows_at, silent
-from .settings import TeacherSettings
+from .settings import TRAINED, TeacherSettings
 from .vit import Classifier, MaskedAutoencoder, ViT
 
 FACTS, WEIGHTS, STATE = "teacher.json", "model.safetensors", "state.pt"
-TRAINED = ("self", "label")
 PROBE_ROWS = 20_000
 FORMAT = 1
 

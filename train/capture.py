@@ -51,7 +51,7 @@ class Capture:
 
     def load(self, batch: Batch, shares: Tensor | None) -> None:
         for own, given in zip(vars(self.batch).values(), vars(batch).values()):
-            if own is not None and own.shape == given.shape:
+            if own is not None:
                 own.copy_(given, non_blocking=True)
         if self.shares is not None and shares is not None:
             self.shares.copy_(shares, non_blocking=True)

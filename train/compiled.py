@@ -17,7 +17,7 @@ from torch import nn
 from ..base.errors import RecipeError
 from ..routing.routed_linear import RoutedLinear
 from .recipe import RowTrainSettings
-from .strategy import load_strategy
+from .strategy import zero_stage
 
 Mode = Literal["off", "layers", "graph"]
 
@@ -56,7 +56,7 @@ def choose_speed(
 def choose_mode(settings: RowTrainSettings, device: torch.device, strategy: str) -> tuple[Mode, str]:
     """The mode and its reason; `auto` compiles layers on CUDA wherever that can be."""
     wanted = settings.compile
-    stage = int(load_strategy(strategy)["zero_optimization"]["stage"])
+    stage = zero_stage(strategy)
     obstacle = ""
     if stage == 3:
         obstacle = f"strategy {strategy}: ZeRO-3 gathers weights in hooks of every module, which cut a graph to pieces"

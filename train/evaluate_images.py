@@ -126,8 +126,12 @@ def run_evaluate(context: Context) -> Writer:
     found: list[dict[str, Any]] = []
     pictures: dict[str, Tensor] = {}
     losses: dict[tuple[int | None, str], float] = {}
+    placed: tuple[int | None, str] = (None, "average")  # the weights that stand in `unet`
     for point in points(settings, kept_steps(folder)):
-        _put(unet, folder, point)
+        key = (point.step, point.weights)
+        if key != placed:
+            _put(unet, folder, point)
+            placed = key
         started = time.perf_counter()
         count, sampler = counts[point.count], settings.samplers[point.sampler]
         labels_N = train.labels_for(count, recipe.seed)
@@ -137,7 +141,6 @@ def run_evaluate(context: Context) -> Writer:
             derive(recipe.seed, "samples"), context.device, train.decode,
             lambda done, total, name=name, step=step: context.progress(f"step {step} {name}", done, total),
         )  # fmt: skip
-        key = (point.step, point.weights)
         if key not in losses:
             losses[key] = held_out_loss(
                 velocity, test, settings.count, sampler.batch, derive(0, "held out"), context.device

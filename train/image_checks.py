@@ -6,11 +6,11 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..alignment.settings import TRAINED
 from .image_setting_checks import check_image_settings, image_setting_ranges
 from .recipe import Recipe
 
 Problem = tuple[str, str]
-TRAINED = ("self", "label")
 
 
 def draws_images(recipe: Recipe) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..alignment.schedules import stop_step
-from ..alignment.training import TRAINED
+from ..alignment.settings import TRAINED
 from ..base.files import read_json
 from .image_flops import BACKWARD, training_flops, vit_flops
 from .recipe import Recipe

@@ -21,7 +21,7 @@ from torch import nn
 from ..base import distributed
 from ..base.errors import RecipeError
 from .recipe import RowTrainSettings
-from .strategy import load_strategy
+from .strategy import zero_stage
 
 
 def owned(names: Sequence[str], settings: RowTrainSettings, strategy: str) -> tuple[str, ...] | None:
@@ -29,7 +29,7 @@ def owned(names: Sequence[str], settings: RowTrainSettings, strategy: str) -> tu
     if settings.parallel == "data":
         return None
     world = distributed.world()
-    stage = int(load_strategy(strategy)["zero_optimization"]["stage"])
+    stage = zero_stage(strategy)
     if stage == 3:
         raise RecipeError(
             f"train.parallel: expert is impossible with strategy {strategy}: ZeRO-3 divides the frozen base over "

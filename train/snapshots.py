@@ -12,6 +12,7 @@ from ..base import distributed
 from ..base.errors import StorageError
 from ..base.files import fsync_folder
 from .engine import Engine
+from .run_folder import flush_tree
 from .types import StepReport
 from .unet_folder import save_weights
 
@@ -41,6 +42,7 @@ class Snapshots:
         try:
             shutil.rmtree(staging, ignore_errors=True)
             save_weights(trained, staging)
+            flush_tree(staging)
             shutil.rmtree(target, ignore_errors=True)  # a resume from an older checkpoint came here again
             os.replace(staging, target)
             fsync_folder(self._folder)
@@ -49,7 +51,7 @@ class Snapshots:
 
 
 def collect(folder: Path, at: Collection[int], result: Path) -> None:
-    """Move the snapshots of `at` into a stage's result. StorageError if one is missing."""
+    """Copy the snapshots of `at` into a stage's result. StorageError if one is missing."""
     for step in sorted(at):
         source = folder / f"{step:08d}"
         if not source.is_dir():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from ..base.errors import RecipeError
 from .recipe import Recipe, RowTrainSettings
-from .strategy import load_strategy
+from .strategy import zero_stage
 
 
 def check_speed(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -21,7 +21,7 @@ def check_speed(recipe: Recipe) -> Iterator[tuple[str, str]]:
             continue
         name = train.strategy or recipe.strategy
         try:
-            sharded = int(load_strategy(name)["zero_optimization"]["stage"]) == 3
+            sharded = zero_stage(name) == 3
         except RecipeError:
             continue  # told by the check of strategies
         if sharded and train.compile in ("layers", "graph"):

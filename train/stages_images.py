@@ -25,7 +25,7 @@ from .jobs.urepa import TeacherShape, UrepaJob, check_job
 from .recipe import Recipe
 from .snapshots import collect
 from .stages import Context, Stage, Writer
-from .strategy import load_strategy
+from .strategy import zero_stage
 from .unet_folder import STEPS, UNetCard, save_unet
 
 
@@ -70,8 +70,7 @@ def run_urepa(context: Context) -> Writer:
     rank, size = context.world.rank, context.world.size
     loader = ImageLoader(images, train.rows_per_expert, recipe.seed, rank, size, context.device)
     data = ImageSteps(loader, job.names, train.micro_rows, taught.features, lambda step: job.weight_at(step) > 0)
-    strategy = load_strategy(train.strategy or recipe.strategy)
-    check_job(settings.align, settings.compile, int(strategy["zero_optimization"]["stage"]), data.micro_count)
+    check_job(settings.align, settings.compile, zero_stage(train.strategy or recipe.strategy), data.micro_count)
     counts = {"backbone": _count(job.backbone), "projector": _count(job.projector)}
     context.event("unet", parameters=counts, images=len(images), classes=images.num_classes, **job.describe())
     trained = context.train("urepa", job, data, train, taught.digest, curve_steps(recipe))

@@ -128,6 +128,11 @@ def check(strategy: Mapping[str, Any], where: str) -> None:
         raise RecipeError(f"strategy {where}: {'; '.join(problems)}", code=code)
 
 
+def zero_stage(name_or_path: str) -> int:
+    """The ZeRO stage of a strategy; RecipeError as `load_strategy`."""
+    return int(load_strategy(name_or_path)["zero_optimization"]["stage"])
+
+
 def merge(
     strategy: Mapping[str, Any], *, micro_rows: int, micro_count: int, world_size: int, trainable: int
 ) -> dict[str, Any]:

@@ -201,10 +201,9 @@ def _check_full(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _zero_stage(recipe: Recipe) -> int | None:
     """The ZeRO stage of the `thoughts` stage's strategy; None for a bad strategy, which train/checks.py reports."""
-    from .strategy import load_strategy
+    from .strategy import zero_stage
 
     try:
-        strategy = load_strategy(recipe.thoughts.train.strategy or recipe.strategy)
+        return zero_stage(recipe.thoughts.train.strategy or recipe.strategy)
     except RecipeError:
         return None
-    return int(strategy["zero_optimization"]["stage"])

@@ -47,9 +47,9 @@ def slot_weights(weights_TN: Tensor, owner_R: Tensor) -> Tensor:
 
 
 def dense_weights(weights_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
-    """[T, K] weights and indices scattered into [T, N]; unselected experts get 0."""
-    zeros_TN = weights_TK.new_zeros(weights_TK.shape[0], num_experts)
-    return zeros_TN.scatter(1, index_TK, weights_TK)
+    """[..., K] weights and indices scattered into [..., N]; unselected experts get 0."""
+    zeros_TN = weights_TK.new_zeros(*weights_TK.shape[:-1], num_experts)
+    return zeros_TN.scatter(-1, index_TK.long(), weights_TK)
 
 
 def add_row_lora(
@@ -151,6 +151,6 @@ def masked_hidden(
     x_TI: Tensor, a_RI: Tensor, owner_R: Tensor, slots: Sequence[int], weights_STK: Tensor, index_STK: Tensor, num_experts: int
 ) -> Tensor:  # fmt: skip
     """hm [T, R] of all sites of a group: one shrink, then every slot times the weight of its expert (0: not chosen)."""
-    dense_STN = weights_STK.new_zeros(*weights_STK.shape[:2], num_experts).scatter(2, index_STK.long(), weights_STK)
-    parts = [dense.index_select(1, owner) for dense, owner in zip(dense_STN, owner_R.split(list(slots)))]
+    dense_STN = dense_weights(weights_STK, index_STK, num_experts)
+    parts = [slot_weights(dense_TN, owner) for dense_TN, owner in zip(dense_STN, owner_R.split(list(slots)))]
     return functional.linear(x_TI, a_RI) * torch.cat(parts, 1).to(x_TI.dtype)

@@ -88,10 +88,9 @@ class ImageSteps:
         if self.loader.device.type == "cuda":
             torch.cuda.set_device(self.loader.device)  # of this thread
         batch = self.loader.at(step)
-        _, place_B = self.loader.rows_of(step, self.loader.rank, self.loader.world)
         wanted = self.features is not None and self._teaches(step)
         teacher = self.features(batch) if wanted and self.features is not None else None
-        whole = AlignBatch(batch.images_BCHW, batch.labels_B, place_B.to(batch.labels_B.device), teacher)
+        whole = AlignBatch(batch.images_BCHW, batch.labels_B, batch.place_B.to(batch.labels_B.device), teacher)
         rows = self.share.rows
         micro = tuple(
             whole.map(lambda tensor, m=m: tensor[m * rows : (m + 1) * rows]) for m in range(self.share.micros)

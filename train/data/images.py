@@ -42,12 +42,14 @@ log = logging.getLogger("quietgoose.data")
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """images_BCHW: fp32 in [-1, 1], or latents; labels_B: int64; index_B: int64, the rows' numbers; flipped_B: bool."""
+    """images_BCHW: fp32 in [-1, 1], or latents; labels_B: int64; index_B: int64, the rows' numbers; flipped_B: bool;
+    place_B: int64, their places in the endless order, on the CPU."""
 
     images_BCHW: Tensor
     labels_B: Tensor
     index_B: Tensor
     flipped_B: Tensor
+    place_B: Tensor
 
     def __len__(self) -> int:
         return len(self.labels_B)
@@ -152,7 +154,7 @@ class ImageLoader:
             flipped_B = uniform(derive(self.seed, "flip"), place_B) < 0.5
         index, flipped = index_B.to(self.device), flipped_B.to(self.device)
         images_BCHW = self.images.inputs(index, flipped, derive(self.seed, "latent"), place_B, self.device)
-        return ImageBatch(images_BCHW, self.images.labels[index_B].to(self.device), index, flipped)
+        return ImageBatch(images_BCHW, self.images.labels[index_B].to(self.device), index, flipped, place_B)
 
     def rows_of(self, step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
         """(row numbers int64, places in the endless order int64) of one rank."""

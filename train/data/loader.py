@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -154,7 +154,7 @@ class StepData:
         pairs = [(e, int(row)) for e, numbers in enumerate(chosen) for row in numbers]
         made = StepBatch(
             step=step,
-            micro=tuple(self._batch(part, self.share.rows) for part in self._micro(self._mine(pairs))),
+            micro=tuple(self._known(self._batch(part, self.share.rows)) for part in self._micro(self._mine(pairs))),
             count_E=self._counts(step, chosen, pairs),
             tokens=int(sum(packed.token_B[rows].sum() for packed, rows in zip(self.experts, chosen))),
         )
@@ -196,17 +196,21 @@ class StepData:
             row_B[place] = self._first_rows[expert] + row
             for name in FIELDS:
                 arrays[name][place] = getattr(self.experts[expert], name)[row]
-        segment_BT = arrays.pop("segment_BT").astype(np.int32)
-        group_G = expert_B[:: self._group_rows].copy()
-        grouped = np.array_equal(group_G.repeat(self._group_rows)[:size], expert_B) and size % self._group_rows == 0
+        segment = torch.from_numpy(arrays.pop("segment_BT").astype(np.int32))
         return Batch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
-            segment_BT=torch.from_numpy(segment_BT),
+            segment_BT=segment,
             expert_B=torch.from_numpy(expert_B),
             row_B=torch.from_numpy(row_B),
-            label_L=torch.from_numpy(np.flatnonzero(arrays["labels_BT"] != IGNORE)),
-            group_G=torch.from_numpy(group_G) if grouped else None,
-            border_D=torch.from_numpy(borders(segment_BT, size * self._documents + 1)),
+        )
+
+    def _known(self, batch: Batch) -> Batch:
+        """A micro-batch with what the device would otherwise have to be waited for."""
+        return replace(
+            batch,
+            label_L=torch.from_numpy(np.flatnonzero(batch.labels_BT.numpy() != IGNORE)),
+            group_G=batch.expert_B[:: self._group_rows].clone(),
+            border_D=torch.from_numpy(borders(batch.segment_BT.numpy(), self.share.rows * self._documents + 1)),
         )
 
 
@@ -240,4 +244,4 @@ def _check(experts: list[PackedExpert], rows_per_expert: int, micro_rows: int) -
 def _pinned(batch: StepBatch) -> StepBatch:
     """Page-locked copies, so that Batch.to(cuda) does not wait."""
     micro = tuple(m.map(lambda tensor: tensor.pin_memory()) for m in batch.micro)
-    return StepBatch(batch.step, micro, batch.count_E, batch.tokens)
+    return replace(batch, micro=micro)
