@@ -3,10 +3,10 @@
     python benchmarks/gate_ablation.py --run runs/smollm2_collection --out gates.json [--k 1 2 3] [--limit 100]
     python benchmarks/gate_ablation.py --run A --out a.json --variants '{"steps400": {"steps": 400}}'
 
-With `--average 0.3 1` also routed by the sum of every gate's direction and so much of its mean activation's.
+With `--ways g+0.3a cg` also routed by other vectors than the gates': sums with mean activations, or less their mean.
 Takes the sealed experts of a run, trains gates anew for every variant (keys: steps, rows_per_expert, lr, eps, schedule,
-beta2) and routes the experts' own validation sets. Writes after every variant; prints a table with the distance to the
-oracle. The test sets are not read. One process, one device.
+beta2, loss_on) and routes the experts' own validation sets (choose there; `--split test` is for what was chosen). Writes
+after every variant; prints a table with the distance to the oracle. One process, one device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import tempfile
 import time
 from functools import partial
@@ -54,9 +55,12 @@ VARIANTS: dict[str, Change] = {
 def with_variant(recipe: Recipe, change: Change) -> Recipe:
     """The recipe with other gate settings."""
     train = recipe.gates.train
-    size, optimizing = {"steps", "rows_per_expert"}, {"lr", "eps", "schedule", "beta2"}
-    if unknown := sorted(set(change) - size - optimizing):
-        raise SystemExit(f"--variants: unknown key {unknown[0]!r}; allowed: {sorted(size | optimizing)}")
+    size, optimizing, data = {"steps", "rows_per_expert"}, {"lr", "eps", "schedule", "beta2"}, {"loss_on"}
+    if unknown := sorted(set(change) - size - optimizing - data):
+        raise SystemExit(f"--variants: unknown key {unknown[0]!r}; allowed: {sorted(size | optimizing | data)}")
+    recipe = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, **{k: change[k] for k in data if k in change})
+    )
     given = {key: change[key] for key in optimizing - {"beta2"} if key in change}
     if "beta2" in change:
         given["betas"] = (train.optimizer.betas[0], change["beta2"])
@@ -93,18 +97,34 @@ def context_of(recipe: Recipe, run: Path, device: torch.device, world: Any, seen
     )
 
 
-def summed(library: ExpertLibrary, means: SiteVectors, share: float) -> SiteVectors:
-    """Gates as the router sees them (standardised) plus `share` of the mean activations, standardised alike."""
-    return {
-        site: {
-            name: standardise(gate) + share * standardise(means[site][name].to(gate)) for name, gate in gates.items()
-        }
-        for site, gates in gate_vectors(library).items()
-    }
+def centred(vectors: SiteVectors) -> SiteVectors:
+    """Standardised vectors of a site less their mean over its experts: what an expert's direction has of its own."""
+    out: SiteVectors = {}
+    for site, of_experts in vectors.items():
+        unit = {name: standardise(vector) for name, vector in of_experts.items()}
+        mean = torch.stack(list(unit.values())).mean(0)
+        out[site] = {name: vector - mean for name, vector in unit.items()}
+    return out
+
+
+def directions(library: ExpertLibrary, means: SiteVectors, way: str) -> SiteVectors:
+    """Router vectors from gates (`g`), mean activations (`a`), either less its mean over the experts (`cg`, `ca`), or a
+    sum such as `cg+0.5ca`: every term is standardised before it is weighted."""
+    known = {"g": gate_vectors(library), "a": means}
+    total: dict[str, dict[str, torch.Tensor]] = {}
+    for term in way.split("+"):
+        weight, centre, name = re.fullmatch(r"([0-9.]*)(c?)([ga])", term).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        vectors = centred(known[name]) if centre else known[name]
+        for site, of_experts in vectors.items():
+            for expert, vector in of_experts.items():
+                part = float(weight or 1) * standardise(vector).cpu()
+                held = total.setdefault(site, {})
+                held[expert] = held[expert] + part if expert in held else part
+    return total
 
 
 def score(
-    context: Context, gates: Path, tasks: list[Any], ks: list[int], with_oracle: bool, shares: list[float]
+    context: Context, gates: Path, tasks: list[Any], ks: list[int], with_oracle: bool, ways: list[str]
 ) -> dict[str, Any]:
     """Arm -> macro mean and accuracy by task, on the tasks given."""
     base = the_base(context, "evaluate")
@@ -115,11 +135,9 @@ def score(
     for k in ks:
         made, _ = build_arms(["phatgoose"], base.model, library, tasks, k, 0, dict)
         arms[f"k{k}"] = made["phatgoose"]
-    means = mean_activations(context, base, library) if shares else {}
-    for k, share in product(ks, shares):
-        arms[f"k{k} + {share:g} average"] = routed(
-            base.model, library, "phatgoose", k, 0, partial(summed, library, means, share)
-        )
+    means = mean_activations(context, base, library) if any("a" in way for way in ways) else {}
+    for k, way in product(ks, ways):
+        arms[f"k{k} {way}"] = routed(base.model, library, "phatgoose", k, 0, partial(directions, library, means, way))
     if with_oracle:
         made, limited = build_arms(["oracle"], base.model, library, tasks, 1, 0, dict)
         arms |= made
@@ -141,8 +159,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--variants", type=json.loads, default=VARIANTS)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--average", type=float, nargs="*", default=[], help="shares of the mean activations")
-    parser.add_argument("--limit", type=int, default=100, help="items of every validation set")
+    parser.add_argument(
+        "--ways", nargs="*", default=[], help="router vectors instead of the gates': a, cg, g+0.3a, cg+0.5ca ..."
+    )
+    parser.add_argument("--limit", type=int, default=100, help="items of every set")
+    parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further variant after this long")
     options = parser.parse_args()
     start = time.monotonic()
@@ -151,9 +172,9 @@ def main() -> None:
     recipe = recipe_from_yaml(options.run / "recipe.yaml")
     names = list(trained_sources(recipe))
     wanted = names if recipe.evaluate.collection else []
-    held_out = dataclasses.replace(recipe.evaluate, split="validation", limit=options.limit, include=wanted)
+    held_out = dataclasses.replace(recipe.evaluate, split=options.split, limit=options.limit, include=wanted)
     tasks = [task for task in load_tasks(held_out, recipe.seed) if task.name in names]
-    report: dict[str, Any] = {"facts": facts(), "limit": options.limit, "variants": {}}
+    report: dict[str, Any] = {"facts": facts(), "split": options.split, "limit": options.limit, "variants": {}}
     for name, change in options.variants.items():
         if time.monotonic() - start > options.seconds:
             break
@@ -164,7 +185,7 @@ def main() -> None:
             run_gates(context)(Path(folder))
             trained_seconds = time.monotonic() - begin
             rows = score(
-                context, Path(folder) / "gates.safetensors", tasks, options.k, not report["variants"], options.average
+                context, Path(folder) / "gates.safetensors", tasks, options.k, not report["variants"], options.ways
             )
         report["variants"][name] = {
             "settings": {**change}, "seconds": round(trained_seconds, 1), "loss": [round(r.loss, 4) for r in seen[::10]],

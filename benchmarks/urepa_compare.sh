@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The comparison of urepa_compare.yaml on several GPUs of one machine, a run per GPU at a time; start it again to go on where it was cut.
 #   benchmarks/urepa_compare.sh TRAIN.parquet TEST.parquet WORK RESULTS [GPUS] [SECONDS] [more settings...]
+# GPUS: how many, or which ones with commas (`2,3`, `3,`).
 # WORK (local disk, 40 GB): runs, checkpoints, cached features. RESULTS: the tables, scores and events of what is finished, without weights.
 set -u
 train=$1 test=$2 work=$3 results=$4 gpus=${5:-4} seconds=${6:-570}
@@ -23,7 +24,8 @@ one() {  # the next run that nobody has taken, until there is none or no time
     echo "GPU $1: $name ended with $? at $(date +%T)"
   done
 }
-for gpu in $(seq 0 $(( gpus - 1 ))); do one "$gpu" & done
+case $gpus in *,*) gpus=${gpus//,/ } ;; *) gpus=$(seq 0 $(( gpus - 1 ))) ;; esac
+for gpu in $gpus; do one "$gpu" & done
 wait
 done_=$(find "$work/run/arms" -path '*/stages/evaluate/DONE.json' 2> /dev/null | wc -l)
 echo "finished: $done_ of $(echo $runs | wc -w)"
