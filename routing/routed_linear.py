@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import QuietGooseError, RecipeError
-from ..kernels.routed_lora import add_routed_lora, dense_weights, slot_weights
+from ..kernels.routed_lora import add_routed_lora, slot_weights
 from .expert import SiteAdapter
-from .routers import RouterKind, Routing
+from .routers import RouterKind, Routing, uniform
 from .shared import SharedBank
 
 
@@ -184,8 +184,9 @@ class RoutedBank(nn.Module):
         if self.kind is None:
             weights = self.context.one_hot_TN(x_TI.shape[0], self.num_experts, x.dtype)
         else:
-            routing = self.route(x_TI)
-            weights = dense_weights(routing.weights_TK.to(x.dtype), routing.index_TK, self.num_experts)
+            weights = self.route(x_TI[:1]).weights_TK.to(
+                x.dtype
+            )  # uniform: all experts in order, one row for all tokens
         if self.owner_R is not None:
             weights = slot_weights(weights, self.owner_R)
         return add_routed_lora(y_TO, x_TI, self.a_RI, self.b_OR, weights).view_as(y)
@@ -196,7 +197,7 @@ class RoutedBank(nn.Module):
             weights_STK, index_STK = self.shared.route(x_TI)
             return Routing(weights_STK[self.position, :, : self.k], index_STK[self.position, :, : self.k].long())
         if self.kind is not None and self.vectors_NI is not None:
-            return self.kind.score(x_TI, self.vectors_NI, self.k, self.present_N)
+            return uniform(x_TI, self.vectors_NI, self.present_N)
         if self.single is not None:
             index_T = torch.full((x_TI.shape[0],), self.single, dtype=torch.int64, device=x_TI.device)
         else:

@@ -26,7 +26,7 @@ from ..kernels.routed_lora import (
     group_tables,
     masked_hidden,
     operators,
-    route_group,
+    route_sparingly,
     routes_by_kernel,
     split_gates,
 )
@@ -61,7 +61,8 @@ def sharing_groups(sites: Sequence[str]) -> list[tuple[str, ...]]:
 class SharedBank(nn.Module):
     """The experts' A and the routing vectors of a group of sites, and the parts of the input at hand.
 
-    a_RI       all sites' A one below the other, in the base's dtype; b_0, b_1, b_2 the sites' B beside it
+    a_RI       all sites' A one below the other, in the base's dtype; b_0, b_1, b_2 the sites' B beside it, start_0, rank_0 and
+               so on where each expert's slots lie within a site
     vectors_ZI prepared routing vectors of all sites, at least fp32 whatever the model is cast to; None: no scoring router
     """
 
@@ -93,6 +94,9 @@ class SharedBank(nn.Module):
         for position, adapters in enumerate(adapters_SN):
             scaled = torch.cat([(a.scale * a.b_OR.float()).t() for a in adapters if a is not None])
             self._keep(f"b_{position}", scaled.to(weight.device, weight.dtype).contiguous())
+            own = group_tables(ranks[position : position + 1], weight.device)
+            self._keep(f"start_{position}", own.start_Z)
+            self._keep(f"rank_{position}", own.rank_Z)
         self._bases = list(bases)
         self._plain = all(type(base) is nn.Linear and not _hooked(base) for base in bases)
         self._input: _Input | None = None
@@ -132,7 +136,7 @@ class SharedBank(nn.Module):
         assert self.vectors_ZI is not None
         arrow = self.kind.kernel == "projection"
         if not (self._takes_kernels(x_TI) and routes_by_kernel(x_TI.shape[0], self._unverified)):
-            return route_group(x_TI, self.vectors_ZI, self.absent_Z, self.shape.num_experts, self.k, arrow)
+            return route_sparingly(x_TI, self.vectors_ZI, self.absent_Z, self.shape.num_experts, self.k, arrow)
         return torch.ops.quietgoose.route_experts(
             x_TI, self.vectors_ZI, self._gates()[1:], self._tables(), self.shape.num_experts, self.k, arrow
         )
@@ -155,19 +159,9 @@ class SharedBank(nn.Module):
         """y + the experts of one site; without gradients y itself may be updated."""
         y_TO, b_RO = y.flatten(0, -2), self.b_RO_of(position)
         if self._by_pairs(x):
-            weight_TK, index_TK = self._part(x, position, "routings")
-            start, rank = self._own_slots(position)
-            out = torch.ops.quietgoose.grouped_experts(
-                y_TO,
-                x.flatten(0, -2),
-                weight_TK,
-                index_TK.int().contiguous(),
-                self.a_RI_of(position),
-                b_RO,
-                start,
-                rank,
-                self.shape.widest,
-            )
+            part = self._part(x, position, "grouped")
+            own = self._own_slots(position)
+            out = torch.ops.quietgoose.expand_experts(y_TO, *part, b_RO, *own, self.shape.widest)
             return out.view_as(y)
         hidden_TR = self._part(x, position, "hidden")
         if torch.is_grad_enabled():
@@ -190,10 +184,10 @@ class SharedBank(nn.Module):
 
     # inside ----------------------------------------------------------------------------------------------------
 
-    def _part(self, x: Tensor, position: int, what: Literal["linears", "routings", "hidden"]) -> Any:
+    def _part(self, x: Tensor, position: int, what: Literal["linears", "grouped", "hidden"]) -> Any:
         found = self._input
         if found is None or not found.serves(x, position, what):
-            make = {"linears": self._linears, "routings": self._routings, "hidden": self._hidden}[what]
+            make = {"linears": self._linears, "grouped": self._grouped, "hidden": self._hidden}[what]
             found = _Input(x, what, dict(enumerate(make(x.flatten(0, -2)))))
         part = found.parts.pop(position)
         self._input = found if found.parts else None
@@ -214,12 +208,20 @@ class SharedBank(nn.Module):
     def _hidden(self, x_TI: Tensor) -> list[Tensor]:
         weights_STK, index_STK = self.route(x_TI)
         slots = list(self.shape.slots)
-        hidden_TR = masked_hidden(x_TI, self.a_RI, self.owner_R, slots, weights_STK, index_STK, self.shape.num_experts)
+        hidden_TR = masked_hidden(
+            x_TI, self.a_RI, self.owner_R, slots, weights_STK, index_STK, self.shape.num_experts, self.shape.rank
+        )
         return list(hidden_TR.split(slots, dim=1))
 
-    def _routings(self, x_TI: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _grouped(self, x_TI: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per site hidden [K, T, RP], weighted, of its pairs sorted by expert, order [K, T] and total [K, NP]: one sort and one
+        shrink for the group, forward and backward."""
         weights_STK, index_STK = self.route(x_TI)
-        return list(zip(weights_STK, index_STK))
+        pairs = torch.ops.quietgoose.sort_experts(index_STK.int(), self.shape.num_experts)
+        hidden_SKTR = torch.ops.quietgoose.shrink_experts(
+            x_TI, weights_STK, *pairs, self.a_RI, self.start_Z, self.rank_Z, self.shape.slots, self.shape.widest
+        )
+        return list(zip(hidden_SKTR.unbind(), *pairs))
 
     def _by_pairs(self, x: Tensor) -> bool:
         tokens = x.numel() // x.shape[-1]
@@ -241,9 +243,8 @@ class SharedBank(nn.Module):
         return None
 
     def _own_slots(self, position: int) -> tuple[Tensor, Tensor]:
-        count, first = self.shape.num_experts, sum(self.shape.slots[:position])
-        mine = slice(position * count, (position + 1) * count)
-        return self.start_Z[mine] - first, self.rank_Z[mine].clone()
+        """First slot within the site and number of slots of every expert, int32 [N]."""
+        return getattr(self, f"start_{position}"), getattr(self, f"rank_{position}")
 
     def _tables(self) -> list[Tensor]:
         return list(GroupTables(self.owner_R, self.start_Z, self.rank_Z, self.absent_Z))

@@ -1,6 +1,7 @@
 """Routed LoRA: the sum of the chosen experts' low-rank updates per token (mathematics in README.md)."""
 
 from . import operators
+from .gradients import route_sparingly
 from .layout import GroupShape, GroupTables, PreparedGates, group_shape, group_tables, split_gates
 from .reference import (
     add_routed_lora,
@@ -13,7 +14,6 @@ from .reference import (
     route_group,
     routed_lora,
     slot_weights,
-    top_k,
 )
 from .tiles import by_pairs, formulation, routes_by_kernel
 
@@ -34,9 +34,9 @@ __all__ = [
     "naive",
     "operators",
     "route_group",
+    "route_sparingly",
     "routed_lora",
     "routes_by_kernel",
     "slot_weights",
     "split_gates",
-    "top_k",
 ]

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from . import tiles
-from .layout import GroupShape, GroupTables, PreparedGates
+from .layout import GroupShape, GroupTables, PreparedGates, axis_length
 from .triton_decode import decode_base, decode_update
 from .triton_grouped import count_experts, grouped_expand, grouped_outer, grouped_shrink, place_tokens
 from .triton_linear import linear_expand
@@ -39,10 +39,6 @@ class Pairs(NamedTuple):
 
     order_LT: Tensor
     total_LN: Tensor
-
-
-def _padded(count: int, least: int = 16) -> int:
-    return max(least, triton.next_power_of_2(count))
 
 
 def _three(values: list[int] | tuple[int, ...]) -> tuple[int, int, int]:
@@ -77,14 +73,14 @@ def route(
     """(weight fp32 [S, T, K], index int32 [S, T, K], hm [T, R] in x's dtype); empty where not asked for."""
     num_tokens, width = x_TI.shape
     sites = len(shape.slots)
-    shrink, padded = a_RI is not None, _padded(shape.num_experts)
+    shrink, padded = a_RI is not None, axis_length(shape.num_experts)
     tile = chosen or tiles.route_tiles(num_tokens, width, padded, shrink)
     kept = (sites, num_tokens, k) if store else (0,)
     weight = x_TI.new_empty(kept, dtype=torch.float32)
     index = x_TI.new_empty(kept, dtype=torch.int32)
     hidden = x_TI.new_empty((num_tokens, sum(shape.slots)) if shrink else (0, 0))
     high, low, split = _gates(gates)
-    block_r = min(tile.columns, _padded(max(shape.slots))) if shrink else 16
+    block_r = min(tile.columns, axis_length(max(shape.slots))) if shrink else 16
     grid = (triton.cdiv(num_tokens, tile.rows), sites, triton.cdiv(max(shape.slots), block_r) if shrink else 1)
     route_shrink[grid](
         x_TI, high, gates.shift_Z, tables.absent_Z, a_RI if shrink else high, tables.owner_R, hidden, weight, index,
@@ -112,7 +108,7 @@ def linear(
         *_distances(sites.weights), *_distances(biases), *_distances(sites.b_RO), *_distances(y),
         SITES=len(outs), BIAS=bool(sites.biases), EVEN=width % tile.depth == 0,
         BLOCK_T=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.depth,
-        BLOCK_R=min(64, _padded(max(shape.slots))), SWEEP=8,
+        BLOCK_R=min(64, axis_length(max(shape.slots))), SWEEP=8,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
@@ -162,7 +158,7 @@ def decode(
     decode_base[(grid,)](
         x_TI, sites.weights[0], biases[0], high, low, y[0], dot, num_tokens, width, x_TI.stride(0), num_gates,
         *_three(outs), *_distances(sites.weights), *_distances(biases), *_distances(y),
-        SITES=len(outs), BIAS=bool(sites.biases), SPLIT=split, ROWS=1 if one else _padded(num_tokens),
+        SITES=len(outs), BIAS=bool(sites.biases), SPLIT=split, ROWS=1 if one else axis_length(num_tokens),
         BLOCK_O=block_o, BLOCK_I=block_i, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _update(x_TI, dot, gates, tables, shape, k, arrow, a_RI, sites.b_RO, y)
@@ -175,7 +171,7 @@ def _update(
 ) -> None:  # fmt: skip
     num_tokens, width = x_TI.shape
     outs = [t.shape[1] for t in y]
-    rank, chosen = _padded(shape.widest, 1), triton.next_power_of_2(k)
+    rank, chosen = axis_length(shape.widest, 1), triton.next_power_of_2(k)
     rows = rank * chosen
     split = rows * width * x_TI.element_size() > FUSED_DECODE_BYTES
     splits = triton.cdiv(width, DECODE_SPLIT) if split else 1
@@ -190,7 +186,7 @@ def _update(
             x_TI, dot_TZ, gates.shift_Z, tables.absent_Z, tables.start_Z, tables.rank_Z, a_RI, b_RO[0], y[0], part,
             width, x_TI.stride(0), shape.num_experts, len(outs), *_three(outs), *_three(shape.slots)[:2],
             *_distances(b_RO), *_distances(y), splits,
-            K=k, KP=chosen, NP=_padded(shape.num_experts), RP=rank, ARROW=arrow, SITES=len(outs), PHASE=phase,
+            K=k, KP=chosen, NP=axis_length(shape.num_experts), RP=rank, ARROW=arrow, SITES=len(outs), PHASE=phase,
             BLOCK_O=block_o, BLOCK_I=block_i,
             BLOCK_X=min(2048, triton.next_power_of_2(width)), num_warps=tile.warps,
         )  # fmt: skip
@@ -199,7 +195,7 @@ def _update(
 def sort_pairs(index_STK: Tensor, num_experts: int) -> Pairs:
     """Counting sort of every (site, slot) list by expert, stable, in two launches."""
     sites, num_tokens, k = index_STK.shape
-    lists, padded = sites * k, _padded(num_experts)
+    lists, padded = sites * k, axis_length(num_experts)
     blocks = triton.cdiv(num_tokens, SORT_BLOCK)
     count = index_STK.new_empty(lists, blocks, padded)
     order = index_STK.new_empty(lists, num_tokens)
@@ -223,7 +219,7 @@ def shrink_pairs(
     """h [L, T, RP] in x's dtype and sorted order: rows of each pair's expert times its token (times its weight)."""
     num_tokens, width = x_TI.shape
     lists, padded = pairs.total_LN.shape
-    rank, block_t = _padded(shape.widest), _tile_rows(num_tokens, shape.num_experts)
+    rank, block_t = axis_length(shape.widest), _tile_rows(num_tokens, shape.num_experts)
     hidden = x_TI.new_empty(lists, num_tokens, rank)
     grid = (triton.cdiv(num_tokens, block_t) + shape.num_experts, lists)
     grouped_shrink[grid](
@@ -259,7 +255,7 @@ def outer_pairs(
 ) -> Tensor:  # fmt: skip
     """fp32 [R_site, I]: per expert the sum over its pairs of h^T x."""
     num_tokens, width = x_TI.shape
-    out = x_TI.new_zeros(shape.slots[site], width, dtype=torch.float32)
+    out = x_TI.new_empty(shape.slots[site], width, dtype=torch.float32)  # every slot is an expert's, so it is written
     block_i = 64
     grouped_outer[(shape.num_experts, triton.cdiv(width, block_i))](
         hidden_LTR, x_TI, tables.start_Z, tables.rank_Z, pairs.order_LT, pairs.total_LN, out,

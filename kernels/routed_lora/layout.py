@@ -24,6 +24,11 @@ class GroupShape(NamedTuple):
     slots: tuple[int, ...]
     widest: int
 
+    @property
+    def rank(self) -> int | None:
+        """The rank of every expert at every site; None where they differ or an expert lacks a site."""
+        return self.widest if all(count == self.num_experts * self.widest for count in self.slots) else None
+
 
 class GroupTables(NamedTuple):
     """Index tables of a group, int32, on the device of the bank.
@@ -54,6 +59,11 @@ class PreparedGates(NamedTuple):
     shift_Z: Tensor
 
 
+def axis_length(count: int, least: int = 16) -> int:
+    """The power of two that holds `count`: what a kernel's axis is padded to."""
+    return max(least, 1 << max(count - 1, 0).bit_length())
+
+
 def group_shape(ranks_SN: Sequence[Sequence[int]]) -> GroupShape:
     """From the rank of every expert at every site (0: absent)."""
     slots = tuple(sum(ranks) for ranks in ranks_SN)
@@ -77,6 +87,14 @@ def group_tables(ranks_SN: Sequence[Sequence[int]], device: torch.device) -> Gro
         torch.tensor(rank, **whole),
         torch.tensor(absent, dtype=torch.float32, device=device),
     )
+
+
+def grouped_layout(
+    start_Z: Tensor, rank_Z: Tensor, slots: Sequence[int], widest: int
+) -> tuple[GroupShape, GroupTables]:  # fmt: skip
+    """A group as the grouped kernels read it: they look at neither owners nor absence."""
+    shape = GroupShape(start_Z.shape[0] // len(slots), tuple(slots), widest)
+    return shape, GroupTables(start_Z, start_Z, rank_Z, start_Z)
 
 
 def split_gates(vectors_ZI: Tensor, dtype: torch.dtype) -> PreparedGates:

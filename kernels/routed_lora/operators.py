@@ -1,7 +1,9 @@
 """The kernels as operators that torch.compile keeps whole, with their gradients.
 
     quietgoose::route_experts    weights and experts of every token at every site of a group; differentiable
-    quietgoose::grouped_experts  y + the chosen experts, by pairs sorted by expert; differentiable
+    quietgoose::sort_experts     (token, slot) pairs of a group, sorted by expert: once, for forward and backward
+    quietgoose::shrink_experts   weighted A x of all sites of a group, in sorted order; differentiable
+    quietgoose::expand_experts   y + the chosen experts of a site from its part of that; differentiable
     quietgoose::routed_linears   base linears, routing and experts of a group at once; inference
 
 A group's index tables travel as one list [owner_R, start_Z, rank_Z, absent_Z], its gates as [vectors, high, low, shift].
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .layout import GroupShape, GroupTables, PreparedGates
-from .reference import EPSILON_NORM, EPSILON_SUM, masked_hidden, route_group
+from .gradients import expand_gradients, keep_routing, routing_gradients, shrink_gradients
+from .layout import GroupShape, GroupTables, PreparedGates, axis_length, grouped_layout
+from .reference import masked_hidden, route_group
 from .tiles import MOST_FUSED
 
 
@@ -42,115 +45,168 @@ def _(x: Tensor, vectors: Tensor, gates: Any, tables: Any, num_experts: int, k: 
 def _route_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, vectors, gates, tables, ctx.num_experts, _, ctx.arrow = inputs
     ctx.without = ([None] * len(gates), [None] * len(tables), None, None, None)
-    ctx.save_for_backward(x, vectors, *output)
+    keep_routing(ctx, x, vectors, *output)
 
 
 def _route_backward(ctx: Any, grad_STK: Tensor, _: Any) -> tuple[Any, ...]:
-    """dz_j = w_j (dw_j - (1 + 1e-6) sum_i dw_i w_i) at the chosen; layer norm's backward for x, x_hat dz for v.
-
-    What 1e-6 times the softmax's denominator passes to unchosen experts is left out (relative 1e-6).
-    """
-    x, vectors, weight, index = ctx.saved_tensors
-    grad_STK = grad_STK.to(weight.dtype)
-    inner = (grad_STK * weight).sum(2, keepdim=True)
-    dz_STK = weight * (grad_STK - (1 + EPSILON_SUM) * inner)
-    sites, num_tokens, _ = weight.shape
-    dz_STN = dz_STK.new_zeros(sites, num_tokens, ctx.num_experts).scatter_add_(2, index.long(), dz_STK)
-    dz_TZ = dz_STN.transpose(0, 1).flatten(1)
-    wide = x.float()
-    if ctx.arrow:
-        dz_TZ = dz_TZ * torch.sign(functional.linear(wide, vectors.float()))
-        return (dz_TZ @ vectors.float()).to(x.dtype), (dz_TZ.t() @ wide).to(vectors.dtype), *ctx.without
-    variance, mean = torch.var_mean(wide, 1, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + EPSILON_NORM)
-    normal = (wide - mean) * scale
-    dv = dz_TZ.t() @ normal
-    u = dz_TZ @ vectors.float()
-    dx = (u - u.mean(1, keepdim=True) - normal * (u * normal).mean(1, keepdim=True)) * scale
-    return dx.to(x.dtype), dv.to(vectors.dtype), *ctx.without
+    return *routing_gradients(ctx, grad_STK), *ctx.without
 
 
 route_experts.register_autograd(_route_backward, setup_context=_route_context)
 
 
-@torch.library.custom_op("quietgoose::grouped_experts", mutates_args=())
-def grouped_experts(
-    y: Tensor, x: Tensor, weight: Tensor, index: Tensor, a: Tensor, b: Tensor, start: Tensor, rank: Tensor, widest: int
-) -> Tensor:
-    """y [T, O] + sum_j w_j B_j (A_j x) of one site, a new tensor; weight [T, K], index int32 [T, K], a [R, I], b [R, O],
-    start and rank int32 [N] of the experts' slots."""
+@torch.library.custom_op("quietgoose::sort_experts", mutates_args=())
+def sort_experts(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(order int32 [S, K, T], total int32 [S, K, NP]) of index int32 [S, T, K]: the pairs of every site and slot, sorted by
+    expert, for all that follows at the sites of a group, forward and backward."""
     from . import launch
 
-    shape, tables, k = _one_site(a, start, rank, widest), _tables(start, rank), weight.shape[1]
-    pairs = launch.sort_pairs(index[None], shape.num_experts)
-    hidden = launch.shrink_pairs(x, a, tables, shape, pairs, k, weight.contiguous())
-    return launch.expand_pairs_(y.clone(), hidden, b, tables, shape, pairs, k, 0, 0)
+    sites, _, k = index.shape
+    pairs = launch.sort_pairs(index.contiguous(), num_experts)
+    return pairs.order_LT.unflatten(0, (sites, k)), pairs.total_LN.unflatten(0, (sites, k))
 
 
-@grouped_experts.register_fake
-def _(y: Tensor, x: Tensor, weight: Tensor, index: Tensor, a: Tensor, b: Tensor, start: Any, rank: Any, widest: int):
+@sort_experts.register_fake
+def _(index: Tensor, num_experts: int):
+    sites, num_tokens, k = index.shape
+    return index.new_empty(sites, k, num_tokens), index.new_empty(sites, k, axis_length(num_experts))
+
+
+@torch.library.custom_op("quietgoose::shrink_experts", mutates_args=())
+def shrink_experts(
+    x: Tensor, weight: Tensor, order: Tensor, total: Tensor, a: Tensor, start: Tensor, rank: Tensor, slots: Sequence[int],
+    widest: int,
+) -> Tensor:  # fmt: skip
+    """hidden [S, K, T, RP] in x's dtype: w_j A_j x of all sites of a group, in sorted order.
+
+    weight fp32 [S, T, K], order [S, K, T] and total [S, K, NP] as `sort_experts` gives them, a [R, I], start and rank int32
+    [Z], slots of each site.
+    """
+    from . import launch
+
+    shape, tables = grouped_layout(start, rank, slots, widest)
+    sites, _, k = weight.shape
+    pairs = launch.Pairs(order.flatten(0, 1), total.flatten(0, 1))
+    return launch.shrink_pairs(x, a, tables, shape, pairs, k, weight.contiguous()).unflatten(0, (sites, k))
+
+
+@shrink_experts.register_fake
+def _(x: Tensor, weight: Tensor, order: Any, total: Any, a: Any, start: Any, rank: Any, slots: Any, widest: int):
+    sites, num_tokens, k = weight.shape
+    return x.new_empty(sites, k, num_tokens, axis_length(widest))
+
+
+def _shrink_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Saves what the wanted gradients of x, weight and a read: of a frozen bank nothing but the bank itself."""
+    x, weight, order, total, a, start, rank, ctx.slots, ctx.widest = inputs
+    for_x, for_weight, for_a = ctx.wanted = [ctx.needs_input_grad[place] for place in (0, 1, 4)]
+    ctx.save_for_backward(
+        x if for_weight or for_a else None,
+        weight if for_x or for_a else None,
+        order,
+        total,
+        a if for_x or for_weight else None,
+        start,
+        rank,
+    )
+
+
+def _shrink_backward(ctx: Any, grad_SKTR: Tensor) -> tuple[Any, ...]:
+    found = torch.ops.quietgoose.shrink_experts_backward(
+        grad_SKTR.contiguous(), *ctx.saved_tensors, ctx.slots, ctx.widest, ctx.wanted
+    )
+    dx, dw, da = _placed(found, ctx.wanted)
+    return dx, dw, None, None, da, None, None, None, None
+
+
+def _placed(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    made = iter(found)
+    return [next(made) if needed else None for needed in wanted]
+
+
+@torch.library.custom_op("quietgoose::shrink_experts_backward", mutates_args=())
+def shrink_experts_backward(
+    grad: Tensor, x: Tensor | None, weight: Tensor | None, order: Tensor, total: Tensor, a: Tensor | None, start: Tensor,
+    rank: Tensor, slots: Sequence[int], widest: int, wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The wanted gradients among those of x, weight and a, in this order (gradients.py)."""
+    shape, tables = grouped_layout(start, rank, slots, widest)
+    return shrink_gradients(grad, x, weight, order, total, a, shape, tables, wanted)
+
+
+@shrink_experts_backward.register_fake
+def _(
+    grad: Tensor, x: Any, weight: Any, order: Tensor, total: Any, a: Any, start: Any, rank: Any, slots: Sequence[int],
+    widest: int, wanted: Sequence[bool],
+):  # fmt: skip
+    sites, k, num_tokens = order.shape
+    shapes = (
+        lambda: grad.new_empty(num_tokens, a.shape[1]),
+        lambda: grad.new_empty(sites, num_tokens, k, dtype=torch.float32),
+        lambda: grad.new_empty(sum(slots), x.shape[1]),
+    )
+    return [make() for make, needed in zip(shapes, wanted) if needed]
+
+
+shrink_experts.register_autograd(_shrink_backward, setup_context=_shrink_context)
+
+
+@torch.library.custom_op("quietgoose::expand_experts", mutates_args=())
+def expand_experts(
+    y: Tensor, hidden: Tensor, order: Tensor, total: Tensor, b: Tensor, start: Tensor, rank: Tensor, widest: int
+) -> Tensor:
+    """y [T, O] + sum_j B_j hidden_j of one site, a new tensor; hidden [K, T, RP] from `shrink_experts`, order [K, T], total
+    [K, NP], b [R, O], start and rank int32 [N] of the experts' slots within the site."""
+    from . import launch
+
+    shape, tables = grouped_layout(start, rank, b.shape[:1], widest)
+    return launch.expand_pairs_(y.clone(), hidden, b, tables, shape, launch.Pairs(order, total), len(hidden), 0, 0)
+
+
+@expand_experts.register_fake
+def _(y: Tensor, hidden: Any, order: Any, total: Any, b: Any, start: Any, rank: Any, widest: int):
     return torch.empty_like(y)
 
 
-def _one_site(a: Tensor, start: Tensor, rank: Tensor, widest: int) -> GroupShape:
-    return GroupShape(start.shape[0], (a.shape[0],), widest)
+def _expand_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Saves what the wanted gradients of hidden and b read."""
+    _, hidden, order, total, b, start, rank, ctx.widest = inputs
+    for_hidden, for_b = ctx.wanted = [ctx.needs_input_grad[place] for place in (1, 4)]
+    ctx.slots = b.shape[0]
+    if for_hidden or for_b:
+        ctx.save_for_backward(hidden if for_b else None, order, total, b if for_hidden else None, start, rank)
 
 
-def _tables(start: Tensor, rank: Tensor) -> GroupTables:
-    return GroupTables(start, start, rank, start)  # owners and absence are not read by the grouped kernels
+def _expand_backward(ctx: Any, grad_TO: Tensor) -> tuple[Any, ...]:
+    dh = db = None
+    if any(ctx.wanted):
+        found = torch.ops.quietgoose.expand_experts_backward(
+            grad_TO.contiguous(), *ctx.saved_tensors, ctx.slots, ctx.widest, ctx.wanted
+        )
+        dh, db = _placed(found, ctx.wanted)
+    return grad_TO, dh, None, None, db, None, None, None
 
 
-def _grouped_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *kept, ctx.widest = inputs
-    ctx.save_for_backward(*kept)
+@torch.library.custom_op("quietgoose::expand_experts_backward", mutates_args=())
+def expand_experts_backward(
+    grad: Tensor, hidden: Tensor | None, order: Tensor, total: Tensor, b: Tensor | None, start: Tensor, rank: Tensor,
+    slots: int, widest: int, wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The wanted gradients among those of hidden and b, in this order (gradients.py)."""
+    shape, tables = grouped_layout(start, rank, (slots,), widest)
+    return expand_gradients(grad, hidden, order, total, b, shape, tables, wanted)
 
 
-def _grouped_backward(ctx: Any, grad_TO: Tensor) -> tuple[Any, ...]:
-    """q = B dy; dw = q . (A x); dx = sum w A^T q; dA = sum (w q) x^T; dB = sum (w A x) dy^T."""
-    x, weight, index, a, b, start, rank = ctx.saved_tensors
-    dx, dw, da, db = torch.ops.quietgoose.grouped_experts_backward(
-        grad_TO.contiguous(), x, weight, index, a, b, start, rank, ctx.widest
-    )
-    return grad_TO, dx, dw, None, da, db, None, None, None
+@expand_experts_backward.register_fake
+def _(
+    grad: Tensor, hidden: Any, order: Tensor, total: Any, b: Any, start: Any, rank: Any, slots: int, widest: int,
+    wanted: Sequence[bool],
+):  # fmt: skip
+    shapes = ((*order.shape, axis_length(widest)), (slots, grad.shape[1]))
+    return [grad.new_empty(shape) for shape, needed in zip(shapes, wanted) if needed]
 
 
-@torch.library.custom_op("quietgoose::grouped_experts_backward", mutates_args=())
-def grouped_experts_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    a: Tensor,
-    b: Tensor,
-    start: Tensor,
-    rank: Tensor,
-    widest: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, a and b; h is made again from x."""
-    from . import launch
-
-    shape, tables, k = _one_site(a, start, rank, widest), _tables(start, rank), weight.shape[1]
-    pairs = launch.sort_pairs(index[None], shape.num_experts)
-    order_KT = pairs.order_LT.long()
-    share_KT1 = weight.t().gather(1, order_KT)[:, :, None]
-    hidden = launch.shrink_pairs(x, a, tables, shape, pairs, k)
-    q = launch.shrink_pairs(grad, b, tables, shape, pairs, k)
-    dw_KT = (q.float() * hidden.float()).sum(2).to(weight.dtype)
-    dw = torch.empty_like(dw_KT).scatter_(1, order_KT, dw_KT).t().contiguous()
-    weighted_q, weighted_h = (q * share_KT1).to(x.dtype), (hidden * share_KT1).to(x.dtype)
-    dx = x.new_zeros(x.shape, dtype=torch.float32)
-    launch.expand_pairs_(dx, weighted_q, a, tables, shape, pairs, k, 0, 0)
-    da = launch.outer_pairs(weighted_q, x, tables, shape, pairs, k, 0, 0)
-    db = launch.outer_pairs(weighted_h, grad, tables, shape, pairs, k, 0, 0)
-    return dx.to(x.dtype), dw, da.to(a.dtype), db.to(b.dtype)
-
-
-@grouped_experts_backward.register_fake
-def _(grad: Any, x: Any, weight: Any, index: Any, a: Any, b: Any, start: Any, rank: Any, widest: int):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(a), torch.empty_like(b)
-
-
-grouped_experts.register_autograd(_grouped_backward, setup_context=_grouped_context)
+expand_experts.register_autograd(_expand_backward, setup_context=_expand_context)
 
 
 def _hidden(
@@ -162,7 +218,7 @@ def _hidden(
     if shape.num_experts <= MOST_FUSED:
         return launch.route(x, gates, tables, shape, k, arrow, a_RI, store=False)[2]
     weight, index, _ = launch.route(x, gates, tables, shape, k, arrow)
-    return masked_hidden(x, a_RI, tables.owner_R, shape.slots, weight, index, shape.num_experts)
+    return masked_hidden(x, a_RI, tables.owner_R, shape.slots, weight, index, shape.num_experts, shape.rank)
 
 
 def linears(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 EPSILON_NORM = 1e-5
@@ -49,7 +50,7 @@ def slot_weights(weights_TN: Tensor, owner_R: Tensor) -> Tensor:
 def dense_weights(weights_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
     """[..., K] weights and indices scattered into [..., N]; unselected experts get 0."""
     zeros_TN = weights_TK.new_zeros(*weights_TK.shape[:-1], num_experts)
-    return zeros_TN.scatter(-1, index_TK.long(), weights_TK)
+    return zeros_TN.scatter_(-1, index_TK.long(), weights_TK)
 
 
 def add_row_lora(
@@ -93,23 +94,28 @@ class _GateLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTI: Tensor, v_BI: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x_BTI, v_BI)
+        for_x, for_v = ctx.needs_input_grad
+        ctx.save_for_backward(x_BTI if for_v else None, v_BI if for_x else None)
+        ctx.kind_of_x, ctx.kind_of_v = x_BTI.dtype, v_BI.dtype
         return torch.bmm(x_BTI.to(v_BI.dtype), v_BI.unsqueeze(2))
 
     @staticmethod
-    def backward(ctx, grad_BT1: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx, grad_BT1: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x_BTI, v_BI = ctx.saved_tensors
-        grad_v = torch.bmm(grad_BT1.transpose(1, 2), x_BTI.to(v_BI.dtype)).squeeze(1)
+        for_x, for_v = ctx.needs_input_grad
         grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_BT1 * v_BI.unsqueeze(1)).to(x_BTI.dtype)
+        if for_x:  # rounded as it is written: no fp32 tensor of x's size
+            grad_x = v_BI.new_empty(*grad_BT1.shape[:2], v_BI.shape[1], dtype=ctx.kind_of_x)
+            torch.mul(grad_BT1, v_BI.unsqueeze(1), out=grad_x)
+        grad_v = torch.bmm(grad_BT1.transpose(1, 2), x_BTI.to(ctx.kind_of_v)).squeeze(1) if for_v else None
         return grad_x, grad_v
 
 
 def gate_logits(x_BTI: Tensor, v_BI: Tensor) -> Tensor:
     """x_bt . v_b [B, T, 1] in v's dtype (fp32): the logit of PHATGOOSE's training gate, raw input, no scaling.
 
-    Saves x as it is (bf16 stays bf16), not an fp32 copy of it: phatgoose.md 1.2, "Backward".
+    Saves x as it is (bf16 stays bf16), not an fp32 copy of it, and only if v takes a gradient: phatgoose.md 1.2, "Backward".
     """
     return _GateLogits.apply(x_BTI, v_BI)  # type: ignore[no-any-return]
 
@@ -126,7 +132,7 @@ def gate_scores(x_TI: Tensor, vectors_ZI: Tensor, arrow: bool = False) -> Tensor
         return dot_TZ.abs()
     variance_T1, mean_T1 = torch.var_mean(wide_TI, 1, correction=0, keepdim=True)
     shift_Z = vectors_ZI.to(wide_TI.dtype).sum(1)
-    return (dot_TZ - mean_T1 * shift_Z) * torch.rsqrt(variance_T1 + EPSILON_NORM)
+    return torch.addcmul(dot_TZ, mean_T1, shift_Z, value=-1) * torch.rsqrt(variance_T1 + EPSILON_NORM)
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -148,9 +154,17 @@ def route_group(
 
 
 def masked_hidden(
-    x_TI: Tensor, a_RI: Tensor, owner_R: Tensor, slots: Sequence[int], weights_STK: Tensor, index_STK: Tensor, num_experts: int
+    x_TI: Tensor, a_RI: Tensor, owner_R: Tensor, slots: Sequence[int], weights_STK: Tensor, index_STK: Tensor,
+    num_experts: int, rank: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """hm [T, R] of all sites of a group: one shrink, then every slot times the weight of its expert (0: not chosen)."""
+    """hm [T, R] of all sites of a group: one shrink, then every slot times the weight of its expert (0: not chosen).
+
+    rank  what all experts have at all sites (GroupShape.rank), or None where ranks are mixed: a weight per slot is then made
+    """
+    h_TR = functional.linear(x_TI, a_RI)
+    if rank is not None:
+        dense_TZ = dense_weights(weights_STK.to(h_TR.dtype).transpose(0, 1), index_STK.transpose(0, 1), num_experts)
+        return (h_TR.unflatten(1, (-1, rank)) * dense_TZ.flatten(1).unsqueeze(2)).flatten(1)
     dense_STN = dense_weights(weights_STK, index_STK, num_experts)
     parts = [slot_weights(dense_TN, owner) for dense_TN, owner in zip(dense_STN, owner_R.split(list(slots)))]
-    return functional.linear(x_TI, a_RI) * torch.cat(parts, 1).to(x_TI.dtype)
+    return h_TR * torch.cat(parts, 1).to(h_TR.dtype)

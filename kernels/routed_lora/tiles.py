@@ -87,7 +87,7 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 
 
 # Which formulation takes a call: read downwards, the first line that holds. Columns: tokens up to, rank slots of a site
-# up to, input width up to, formulation. Estimates, not yet measured; VERIFIED_* below hold parts of it back.
+# up to, input width up to, formulation. Estimates, not yet measured; VERIFIED_TOKENS below holds parts of it back.
 CROSSOVERS: list[tuple[int, int, int, str]] = [
     (64, LIMITLESS, LIMITLESS, "decode"),
     (LIMITLESS, 512, 2048, "fused"),
@@ -102,9 +102,8 @@ CROSSOVERS: list[tuple[int, int, int, str]] = [
 # tokens take `grouped`, whose kernels were right at every size and are as they were, with weights from the plain-PyTorch
 # routing (`grouped_reference`): `grouped`'s own routing is the changed kernel too. implementation="triton" of
 # routing.attach (`unverified` here) takes the table above as it stands, for measuring. When
-# tests/kernels/test_routed_lora_kernels.py (-m gpu) is green on a GPU, set both to LIMITLESS.
+# tests/kernels/test_routed_lora_kernels.py (-m gpu) is green on a GPU, set this to LIMITLESS.
 VERIFIED_TOKENS = 512
-VERIFIED_ROUTING = 512
 
 
 def formulation(num_tokens: int, slots: int, width: int, wide: bool = False, unverified: bool = False) -> str:
@@ -114,16 +113,14 @@ def formulation(num_tokens: int, slots: int, width: int, wide: bool = False, unv
         found for tokens, most_slots, most_width, found in CROSSOVERS
         if num_tokens <= tokens and slots <= most_slots and width <= most_width
     )  # fmt: skip
-    if num_tokens > VERIFIED_TOKENS and not unverified and name != "decode":
-        name = "grouped"
-    if name == "grouped" and not routes_by_kernel(num_tokens, unverified):
+    if name != "decode" and not routes_by_kernel(num_tokens, unverified):
         return "grouped_reference"
     return "stock" if wide and name == "fused" else name
 
 
 def routes_by_kernel(num_tokens: int, unverified: bool = False) -> bool:
-    """Whether routing alone (no shrink beside it) is the kernel's."""
-    return unverified or num_tokens <= VERIFIED_ROUTING
+    """Whether the routing kernel takes a call, alone or with the shrink beside it."""
+    return unverified or num_tokens <= VERIFIED_TOKENS
 
 
 def by_pairs(num_tokens: int, slots: int, width: int) -> bool:

@@ -169,46 +169,52 @@ def test_gradients_of_routing_equal_fp64(case: str, dtype: torch.dtype, arrow: b
 
 @pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_gradients_of_grouped_experts_equal_fp64(case: str, dtype: torch.dtype) -> None:
+    """One shrink of all sites, an expand a site."""
     p = problem(case, dtype)
     shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
     weights, index, _ = exact(p)
-    first = 0
-    for site, (b, ranks) in enumerate(zip(p.b, p.ranks)):
-        rows = slice(first, first + shape.slots[site])
-        mine = slice(site * shape.num_experts, (site + 1) * shape.num_experts)
-        leaves = [t.clone().requires_grad_() for t in (p.x, weights[site].float(), p.a[rows], b)]
-        y = torch.zeros(p.x.shape[0], b.shape[1], dtype=dtype, device=DEVICE, requires_grad=True)
-        out = torch.ops.quietgoose.grouped_experts(
-            y, leaves[0], leaves[1], index[site].int(), leaves[2], leaves[3],
-            tables.start_Z[mine] - first, tables.rank_Z[mine].clone(), max(ranks),
-        )  # fmt: skip
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
-        got = torch.autograd.grad(out, (y, *leaves), upstream)
-        twins = [t.detach().double().requires_grad_() for t in leaves]
-        hidden = masked_hidden(
-            twins[0], twins[2], tables.owner_R[rows], (shape.slots[site],), twins[1][None], index[site][None],
-            shape.num_experts,
-        )  # fmt: skip
-        want_out = hidden @ twins[3]
-        want = torch.autograd.grad(want_out, twins, upstream.double())
-        assert_close("y", out, want_out)
-        assert torch.equal(got[0], upstream)
-        for name, mine_, twin in zip(("x", "weights", "A", "B"), got[1:], want):
-            keep = (
-                weights[site] > 0 if name == "weights" else ...
-            )  # an absent expert's weight has no gradient to speak of
-            assert_close(f"site {site}, {name}", mine_[keep], twin[keep], dtype=dtype, direction="gradient")
-        first += shape.slots[site]
+    order, total = torch.ops.quietgoose.sort_experts(index.int(), shape.num_experts)
+    leaves = [t.clone().requires_grad_() for t in (p.x, weights.float(), p.a, *p.b)]
+    hidden = torch.ops.quietgoose.shrink_experts(
+        *leaves[:2], order, total, leaves[2], tables.start_Z, tables.rank_Z, shape.slots, shape.widest
+    )
+    twins = [t.detach().double().requires_grad_() for t in leaves]
+    hidden_twin = masked_hidden(twins[0], twins[2], tables.owner_R, shape.slots, twins[1], index, shape.num_experts)
+    outs, want_outs, upstreams, ys = [], [], [], []
+    for site, part in enumerate(hidden_twin.split(list(shape.slots), 1)):
+        own = group_tables(p.ranks[site : site + 1], p.x.device)
+        ys.append(torch.zeros(len(p.x), p.b[site].shape[1], dtype=dtype, device=DEVICE, requires_grad=True))
+        outs.append(
+            torch.ops.quietgoose.expand_experts(
+                ys[-1], hidden[site], order[site], total[site], leaves[3 + site], own.start_Z, own.rank_Z, shape.widest
+            )
+        )
+        want_outs.append(part @ twins[3 + site])
+        assert_close(f"y, site {site}", outs[-1], want_outs[-1])
+        g = torch.Generator().manual_seed(3 + site)
+        upstreams.append(torch.randn(outs[-1].shape, generator=g).to(DEVICE, dtype))
+    got = torch.autograd.grad(outs, (*leaves, *ys), upstreams)
+    want = torch.autograd.grad(want_outs, twins, [u.double() for u in upstreams])
+    assert all(torch.equal(y, u) for y, u in zip(got[len(leaves) :], upstreams))
+    keep = weights > 0  # an absent expert's weight has no gradient to speak of
+    assert_close("weights", got[1][keep], want[1][keep], dtype=dtype, direction="gradient")
+    for name, mine, twin in zip(
+        ("x", "A", *(f"B of site {i}" for i in range(3))), got[:1] + got[2:], want[:1] + want[2:]
+    ):
+        assert_close(name, mine, twin, dtype=dtype, direction="gradient")
 
 
 def test_an_expert_that_no_token_chose_gets_gradient_zero() -> None:
     p = problem("three sites", torch.float32)
-    tables = group_tables(p.ranks[:1], p.x.device)
-    index = torch.tensor([[0, 3]], dtype=torch.int32, device=DEVICE).expand(len(p.x), 2).contiguous()
+    shape, tables = group_shape(p.ranks[:1]), group_tables(p.ranks[:1], p.x.device)
+    index = torch.tensor([[[0, 3]]], dtype=torch.int32, device=DEVICE).expand(1, len(p.x), 2).contiguous()
     a, b = p.a[:16].clone().requires_grad_(), p.b[0].clone().requires_grad_()
-    weight = torch.full((len(p.x), 2), 0.5, device=DEVICE)
-    y = torch.ops.quietgoose.grouped_experts(
-        torch.zeros(len(p.x), 40, device=DEVICE), p.x, weight, index, a, b, tables.start_Z, tables.rank_Z, 4
+    weight = torch.full((1, len(p.x), 2), 0.5, device=DEVICE)
+    order, total = torch.ops.quietgoose.sort_experts(index, 4)
+    places = tables.start_Z, tables.rank_Z
+    hidden = torch.ops.quietgoose.shrink_experts(p.x, weight, order, total, a, *places, shape.slots, 4)
+    y = torch.ops.quietgoose.expand_experts(
+        torch.zeros(len(p.x), 40, device=DEVICE), hidden[0], order[0], total[0], b, *places, 4
     )
     da, db = torch.autograd.grad(y.sum(), (a, b))
     assert da[4:12].abs().max() == 0
@@ -232,6 +238,20 @@ def test_a_long_shrink_is_split_over_launches(monkeypatch: pytest.MonkeyPatch) -
         )
         for y, w, update in zip(got, p.weights, exact(p)[2]):
             assert_close(case, y, p.x.double() @ w.double().t() + update)
+
+
+@pytest.mark.parametrize("case", ["three sites", "mixed ranks"])
+def test_more_experts_than_fit_beside_a_shrink(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routing by the kernel, then product and weighting in plain PyTorch: with a weight per expert or per rank slot."""
+    monkeypatch.setattr(operators, "MOST_FUSED", 2)
+    p = problem(case, torch.float32)
+    gates, tables = lists(p)
+    shape = group_shape(p.ranks)
+    got = torch.ops.quietgoose.routed_linears(
+        p.x, p.weights, [], p.a, p.b, gates, tables, shape.num_experts, shape.widest, p.k, False, "fused"
+    )
+    for y, w, update in zip(got, p.weights, exact(p)[2]):
+        assert_close(case, y, p.x.double() @ w.double().t() + update)
 
 
 def test_rows_of_a_wider_tensor_and_every_tile_shape() -> None:

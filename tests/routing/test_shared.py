@@ -22,7 +22,7 @@ def banks(model) -> list[SharedBank]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SharedBank, str]]:
     """Every making of parts from now on, as (bank, what)."""
     made: list[tuple[SharedBank, str]] = []
-    for name in ("_linears", "_hidden", "_routings"):
+    for name in ("_linears", "_hidden", "_grouped"):
         own = getattr(SharedBank, name)
 
         def counted(self, x, own=own, name=name):
@@ -134,6 +134,37 @@ def test_gradients_of_the_kernels_equal_the_twins(small, tokens, monkeypatch, me
         model(inputs_embeds=x).logits.square().mean().backward()
         gradients.append(x.grad)
     assert_close("embeddings", gradients[1], gradients[0], dtype=torch.float32, direction="gradient")
+
+
+def test_pairs_are_sorted_once_for_a_group_and_its_backward(small, tokens, monkeypatch) -> None:
+    launch = pytest.importorskip("quietgoose.kernels.routed_lora.launch")
+    sizes: list[tuple[int, ...]] = []
+    sort = launch.sort_pairs
+    monkeypatch.setattr(
+        launch, "sort_pairs", lambda index, count: sizes.append(tuple(index.shape)) or sort(index, count)
+    )
+    monkeypatch.setattr("quietgoose.routing.shared.by_pairs", lambda *_: True)
+    model, library = small
+    attach(model, library, implementation="triton")
+    x = model.model.embed_tokens(tokens[:1, :3].to(DEVICE)).detach().requires_grad_()
+    model(inputs_embeds=x).logits.square().mean().backward()
+    assert sizes == [(3, 3, 2), (1, 3, 2), (2, 3, 2), (1, 3, 2)]  # q k v, o, gate up, down
+    assert x.grad.abs().max() > 0
+
+
+def test_places_of_slots_within_a_site_are_made_once(small) -> None:
+    model, library = small
+    attach(model, library)
+    for bank in banks(model):
+        count, first = bank.shape.num_experts, 0
+        for position, slots in enumerate(bank.shape.slots):
+            mine = slice(position * count, (position + 1) * count)
+            for again, want in zip(bank._own_slots(position), (bank.start_Z[mine] - first, bank.rank_Z[mine])):
+                assert torch.equal(again, want)
+            first += slots
+            assert all(a is b for a, b in zip(bank._own_slots(position), bank._own_slots(position)))
+    model.to(torch.bfloat16)
+    assert all(table.dtype == torch.int32 for bank in banks(model) for table in bank._own_slots(0))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
