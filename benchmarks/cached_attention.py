@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import triton
-from kv_cache_measure import copy_bandwidth
+from measure import copy_bandwidth
 from quietgoose.kernels.cached_attention import SaliencyBuffers, Tail, cached_attention
 from quietgoose.kernels.quantize import PackedArena, empty_arena
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from typing import Any
 
 import torch
+from measure import Times, elapsed_ms, peak, reset_peak
 from peft import LoraConfig, get_peft_model
 from quietgoose.routing.library import ExpertLibrary
 from quietgoose.routing.model import attach, detach, uninstall
@@ -23,18 +22,17 @@ from quietgoose.train.jobs.experts import ExpertJob
 from quietgoose.train.jobs.gates import GateJob
 from quietgoose.train.recipe import ExpertSettings, GateSettings
 from quietgoose.train.types import Batch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_models import smollm2
+from transformers import LlamaForCausalLM
 
 LENGTH = 512
 DOCUMENT = 80
 REPEATS = 5
+DEVICE = torch.device("cuda")
 
 
 def smollm2_shape(attention: str) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = smollm2()
     config._attn_implementation = attention
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to("cuda", torch.bfloat16)
@@ -54,16 +52,9 @@ def batch_of(rows: int, experts: int) -> Batch:
 
 def timed(step: Any) -> tuple[float, float]:
     """(median seconds, peak GiB) of `step`, after two calls to warm up."""
-    seconds = []
-    torch.cuda.reset_peak_memory_stats()
-    for turn in range(REPEATS + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        if turn >= 2:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated() / 2**30
+    reset_peak(DEVICE)
+    times = [elapsed_ms(step, DEVICE) for _ in range(REPEATS + 2)]
+    return Times.of(times[2:]).median / 1e3, (peak(DEVICE) or 0) / 2**30
 
 
 def report(what: str, attention: str, rows: int, seconds: float, peak: float) -> dict[str, Any]:

@@ -27,12 +27,12 @@ from quietgoose.base.files import write_json
 from quietgoose.evaluation.run import evaluate
 from quietgoose.routing.gates_format import load_gates
 from quietgoose.routing.library import ExpertLibrary
-from quietgoose.routing.routers import SiteVectors, gate_vectors, standardise
+from quietgoose.routing.routers import SiteVectors, gate_vectors, mean_vectors, standardise
 from quietgoose.routing.sites import find_sites
 from quietgoose.train.arms import build_arms, routed
 from quietgoose.train.data.loader import StepData
 from quietgoose.train.engine import Engine, initialize_distributed, shutdown
-from quietgoose.train.evaluate_stage import load_tasks, mean_activations
+from quietgoose.train.evaluate_stage import load_tasks
 from quietgoose.train.facts import facts
 from quietgoose.train.recipe import Recipe
 from quietgoose.train.run_folder import RunFolder
@@ -107,10 +107,10 @@ def centred(vectors: SiteVectors) -> SiteVectors:
     return out
 
 
-def directions(library: ExpertLibrary, means: SiteVectors, way: str) -> SiteVectors:
+def directions(library: ExpertLibrary, way: str) -> SiteVectors:
     """Router vectors from gates (`g`), mean activations (`a`), either less its mean over the experts (`cg`, `ca`), or a
-    sum such as `cg+0.5ca`: every term is standardised before it is weighted."""
-    known = {"g": gate_vectors(library), "a": means}
+    sum such as `cg+0.5ca`: every term is standardised before it is weighted. `g+1a` is the router `phatgoose_mean`."""
+    known = {"g": gate_vectors(library), "a": mean_vectors(library)}
     total: dict[str, dict[str, torch.Tensor]] = {}
     for term in way.split("+"):
         weight, centre, name = re.fullmatch(r"([0-9.]*)(c?)([ga])", term).groups()  # pyright: ignore[reportOptionalMemberAccess]
@@ -133,13 +133,12 @@ def score(
     arms: dict[str, Any] = {}
     limited: dict[str, Any] = {}
     for k in ks:
-        made, _ = build_arms(["phatgoose"], base.model, library, tasks, k, 0, dict)
+        made, _ = build_arms(["phatgoose"], base.model, library, tasks, k, 0)
         arms[f"k{k}"] = made["phatgoose"]
-    means = mean_activations(context, base, library) if any("a" in way for way in ways) else {}
     for k, way in product(ks, ways):
-        arms[f"k{k} {way}"] = routed(base.model, library, "phatgoose", k, 0, partial(directions, library, means, way))
+        arms[f"k{k} {way}"] = routed(base.model, library, "phatgoose", k, 0, partial(directions, library, way))
     if with_oracle:
-        made, limited = build_arms(["oracle"], base.model, library, tasks, 1, 0, dict)
+        made, limited = build_arms(["oracle"], base.model, library, tasks, 1, 0)
         arms |= made
     settings = context.recipe.evaluate
     with torch.inference_mode():

@@ -6,7 +6,7 @@
     python benchmarks/images.py --source digits --tiny                  # small, on a CPU
 
 Parts:
-    read       decode, and find again                     teacher    train `self` and `label` by the recipe's settings
+    read       decode, find again in the same process                     teacher    train `self` and `label` by the recipe's settings
     features   fill the file, load it, serve a batch      judge      train, accuracy on held-out images
     sampling   --count images, 50 Euler steps: eager and compiled, without and with guidance; bits by batch and order
     scoring    references with floors, and one scoring    masks      probe accuracy of `self` by mask ratio
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import about, elapsed
 from quietgoose.alignment.backbone import build_backbone
 from quietgoose.alignment.features import CachedTeacher
 from quietgoose.alignment.judge import open_judge
@@ -36,10 +37,9 @@ from quietgoose.alignment.settings import FitSettings, JudgeSettings, SamplerSet
 from quietgoose.alignment.teachers import Teacher, open_teacher
 from quietgoose.alignment.training import train_teacher
 from quietgoose.base.files import read_json
-from quietgoose.train.data.images import ImageLoader, ImageSet, open_images
+from quietgoose.train.data.images import ImageLoader, ImageSet, open_both
 from quietgoose.train.image_sampling import draw_samples, velocity_of
 from quietgoose.train.settings import load_recipe
-from thoughts_measure import about
 
 PARTS = ("read", "teacher", "features", "judge", "sampling", "scoring", "masks")
 DEFAULT = PARTS[:-1]
@@ -82,26 +82,19 @@ class Bench:
 
     def sets(self) -> tuple[ImageSet, ImageSet]:
         if self._sets is None:
-            train, test = (open_images(self.recipe.images, part) for part in ("train", "test"))
-            self._sets = train, test
+            self._sets = open_both(self.recipe.images)
         return self._sets
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        self.wait()
-        start = time.perf_counter()
-        made = work()
-        self.wait()
-        return round(time.perf_counter() - start, 3), made
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """(seconds, result)."""
+        milliseconds, made = elapsed(work, self.device)
+        return round(milliseconds / 1e3, 3), made
 
     # ------------------------------------------------------------------ parts
 
     def read(self) -> None:
         first, (train, test) = self.timed(self.sets)
-        again, _ = self.timed(lambda: open_images(self.recipe.images))
+        again, _ = self.timed(lambda: open_both(self.recipe.images))
         self.put(
             part="read", seconds=first, again_seconds=again, train=len(train), test=len(test), shape=list(train.shape)
         )

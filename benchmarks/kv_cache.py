@@ -24,19 +24,9 @@ from typing import Any
 import torch
 import transformers
 from kv_cache_gate import gate
-from kv_cache_measure import (
-    Times,
-    build,
-    copy_bandwidth,
-    elapsed_ms,
-    llama3_8b,
-    numbers_cached,
-    say,
-    time_steps,
-    tiny,
-    weight_bytes,
-)
 from kv_cache_runs import DEFAULT_PEERS, NotAvailable, Run, StepSettings, make_run
+from measure import Times, copy_bandwidth, elapsed_ms, peak, reset_peak, say, time_steps
+from random_models import build, llama3_8b, numbers_cached, tiny, weight_bytes
 
 VARIANTS = [
     StepSettings(fuse="none"),
@@ -89,7 +79,7 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
 
 
 def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -102,8 +92,8 @@ def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         repeats = 2 if found["first_prefill_ms"] < 3000 else 1
         found["prefill_ms"] = round(min(elapsed_ms(lambda: run.prefill(ids), run.device) for _ in range(repeats)), 2)
         if run.device.type == "cuda":
-            found["prefill_peak_bytes"] = torch.cuda.max_memory_allocated(run.device)
-            torch.cuda.reset_peak_memory_stats(run.device)
+            found["prefill_peak_bytes"] = peak(run.device)
+            reset_peak(run.device)
     else:
         run.fill()
     found["filled"] = "prefill" if "prefill_ms" in found else "random keys and values"
@@ -116,7 +106,7 @@ def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     times: Times = time_steps(run.step, run.device, options.steps, options.decode_seconds)
     found["decode_ms"] = times.rounded()
     if run.device.type == "cuda":
-        found["decode_peak_bytes"] = torch.cuda.max_memory_allocated(run.device)
+        found["decode_peak_bytes"] = peak(run.device)
     return found
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kv_cache_measure import build, say, tiny
+from measure import say
+from random_models import build, tiny
 from torch import Tensor
 
 PROMPT, STEPS, ROWS = 150, 40, 3

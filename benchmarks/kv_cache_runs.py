@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kv_cache_measure import wait
+from measure import wait
 from torch import Tensor
 
 DEFAULT_PEERS = (

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kv_cache_measure import copy_bandwidth
+from measure import copy_bandwidth
 from quietgoose.base.errors import ExitCode
 from quietgoose.kernels.quantize import BLOCK, append_packed, empty_arena
 from quietgoose.kernels.saliency import choose_probes, probe_saliency, select_salient

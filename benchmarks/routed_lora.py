@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import transformers
-from kv_cache_measure import say
+from measure import elapsed_ms, peak_of, say, tidy, time_steps
 from quietgoose.kernels.routed_lora import formulation, tiles
 from quietgoose.kernels.testing import relative_rmse, tolerance
-from routed_lora_models import captured, free, median_ms
+from routed_lora_models import captured
 from routed_lora_peers import OURS, PEERS, RANK, SHAPES, Layer, base, ours, single_lora
 from routed_lora_whole import run_decode, run_models
 
@@ -84,16 +84,11 @@ class Report:
 def timed(work: Any, device: torch.device, copies: int, capture: bool = True) -> dict[str, Any]:
     """Milliseconds of one layer, captured or as plain calls; peak memory above what stands."""
     if device.type != "cuda":
-        start = time.perf_counter()
-        work()
-        return {"ms": round(1e3 * (time.perf_counter() - start) / copies, 3), "mode": "cpu"}
-    free()
-    standing = torch.cuda.memory_allocated()
-    work()
-    peak = (torch.cuda.max_memory_allocated() - standing) / 2**20
+        return {"ms": round(elapsed_ms(work, device) / copies, 3), "mode": "cpu"}
+    _, peak = peak_of(work, device)
     call, mode = (captured(work), "graph") if capture else (work, "calls")
-    times = {name: round(value / copies, 4) for name, value in median_ms(call, 0.15, 3, 60).items()}
-    return {**times, "mode": mode, "peak_mib": round(peak, 1)}
+    times = {name: round(x / copies, 4) for name, x in time_steps(call, device, 60, 0.15).short(6).items()}
+    return {**times, "mode": mode, "peak_mib": round((peak or 0) / 2**20, 1)}
 
 
 def too_large(name: str, shape: str, experts: int, k: int, tokens: int) -> bool:
@@ -114,7 +109,7 @@ def run_cell(report: Report, shape: str, experts: int, tokens: int, ks: list[int
     weights = 2 * (d * (2 * q + 2 * kv + 3 * ff))
     small = tokens <= 512 and device.type == "cuda"
     copies = max(1, min(24, -(-ROTATION_BYTES // weights))) if small else 1
-    free_if(device)
+    tidy(device)
     layer = Layer(shape, experts, tokens, copies, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     where = {"part": "layer", "shape": shape, "experts": experts, "tokens": tokens}
     plain = timed(lambda: layer.run(base), device, copies)
@@ -141,16 +136,11 @@ def run_cell(report: Report, shape: str, experts: int, tokens: int, ks: list[int
                 report.add(**where, k=k, what=name, **shared(found, plain), error=error)
             except Exception as problem:
                 report.add(**where, k=k, what=name, failed=f"{type(problem).__name__}: {str(problem)[:200]}")
-                free_if(device)
+                tidy(device)
 
 
 def shared(found: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     return {**found, "share": round(found["ms"] / max(plain["ms"], 1e-6), 3)}
-
-
-def free_if(device: torch.device) -> None:
-    if device.type == "cuda":
-        free()
 
 
 def run_layer(report: Report) -> None:
@@ -204,7 +194,8 @@ def _tune(
     for option in options:
         table[:] = option
         try:
-            ms = median_ms(captured(lambda: layer.run(ours(2, method))), 0.1, 3, 50)["ms"] / len(layer.copies)
+            call = captured(lambda: layer.run(ours(2, method)))
+            ms = time_steps(call, layer.inputs[0].device, 50, 0.1).median / len(layer.copies)
         except Exception as problem:
             say(name, option, str(problem)[:120])
             continue
@@ -228,7 +219,8 @@ def crossovers(report: Report, device: torch.device) -> None:
                     if (name == "decode" and tokens > 128) or (name == "fused" and experts > 64):
                         continue
                     try:
-                        found[name] = median_ms(captured(lambda n=name: layer.run(ours(2, n))), 0.05, 3, 30)["ms"]
+                        call = captured(lambda n=name: layer.run(ours(2, n)))
+                        found[name] = time_steps(call, device, 30, 0.05).short()["ms"]
                     except Exception as problem:
                         say(name, str(problem)[:120])
                 if found:

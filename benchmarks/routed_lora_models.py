@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from kv_cache_measure import build, llama3_8b, tiny
 from quietgoose.cache.decode_fuse import call_layer, decoder_layers, replaced
 from quietgoose.routing.expert import Expert, ExpertCard, SiteAdapter
 from quietgoose.routing.library import ExpertLibrary
 from quietgoose.routing.sites import all_sites
+from random_models import build, llama3_8b, smollm2, tiny
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaConfig
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 RANK = 16
-
-
-def smollm2(layers: int = 30) -> LlamaConfig:
-    """SmolLM2-135M."""
-    return LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
 
 
 def make_model(shape: str, layers: int | None, device: torch.device) -> Any:
@@ -87,27 +77,6 @@ def captured(work: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def median_ms(work: Callable[[], Any], seconds: float = 0.5, least: int = 5, most: int = 200) -> dict[str, float]:
-    """Median, p20 and p80 of consecutive calls by CUDA events."""
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    work()
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    count = int(max(least, min(most, 1e3 * seconds / max(start.elapsed_time(end), 1e-3))))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    for event in events[1:]:
-        work()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
-    at = [times[round(q * (count - 1))] for q in (0.5, 0.2, 0.8)]
-    return {"ms": round(at[0], 4), "p20": round(at[1], 4), "p80": round(at[2], 4)}
-
-
 def without_mask(model: Any) -> Any:
     """SDPA's own causal flag in every mode. (While a stream is captured transformers builds a mask tensor, which forbids
     the flash kernel and makes compiled layers compile again inside the capture.)"""
@@ -153,9 +122,3 @@ def peft_arrow(model: Any, count: int, k: int) -> Any:
     return create_arrow_model(
         base_model=plain, task_specific_adapter_paths=paths, arrow_config=ArrowConfig(top_k=k)
     ).eval()
-
-
-def free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from measure import Times, peak_of, tidy, time_steps
 from quietgoose.cache.decode import compile_decode
 from quietgoose.cache.decode_static import StaticKV
 from quietgoose.cache.hf import ZipCache
@@ -15,10 +17,8 @@ from routed_lora_models import (
     captured,
     compiled_layers,
     forward,
-    free,
     make_library,
     make_model,
-    median_ms,
     peft_arrow,
     peft_single,
     tokens_of,
@@ -26,6 +26,7 @@ from routed_lora_models import (
 )
 from torch import Tensor
 
+DEVICE = torch.device("cuda")
 DECODE_STEPS = 60
 GATE = 3e-2  # bf16 through all layers: kernels against the plain twin, logits
 
@@ -35,7 +36,7 @@ def run_models(report: Any) -> None:
     for shape in report.options.shapes:
         if shape == "tiny" or report.late():
             continue
-        model = without_mask(make_model(shape, report.options.layers, torch.device("cuda")))
+        model = without_mask(make_model(shape, report.options.layers, DEVICE))
         batches = [b for b in report.options.batches if not (shape != "smollm2" and b == "64x512")]
         bases: dict[tuple[str, str], float] = {}
         _arm(report, model, shape, "base", batches, bases)
@@ -52,11 +53,11 @@ def run_models(report: Any) -> None:
                 report.add(part="models", shape=shape, what=f"routed {experts}", refused=f"red gate: {red}", **found)
             _arm(report, model, shape, f"routed {experts}", green, bases, **found)
             detach(model)
-            free()
+            tidy(DEVICE)
         if not report.options.no_peft and not report.late():
             _peft(report, model, shape, batches, bases)
         del model
-        free()
+        tidy(DEVICE)
 
 
 def _gate(model: Any, implementation: Any) -> float:
@@ -115,7 +116,7 @@ def _arm(
                 found = _time(model, ids, mode)
             except Exception as problem:
                 report.add(part="models", shape=shape, batch=batch, what=what, mode=mode, failed=str(problem)[:300])
-                free()
+                tidy(DEVICE)
                 continue
             if what == "base":
                 bases[batch, mode] = found["ms"]
@@ -125,15 +126,21 @@ def _arm(
 
 
 def _time(model: Any, ids: Tensor, mode: str) -> dict[str, Any]:
-    free()
-    standing = torch.cuda.memory_allocated()
     work = forward(model, ids)
-    if mode == "compiled graph":
-        with compiled_layers(model):
-            times = median_ms(captured(work), 0.7)
-    else:
-        times = median_ms(captured(work) if mode == "graph" else work, 0.7)
-    return {**times, "peak_mib": round((torch.cuda.max_memory_allocated() - standing) / 2**20, 1)}
+
+    def clocked() -> Times:
+        if mode == "compiled graph":
+            with compiled_layers(model):
+                return time_steps(captured(work), DEVICE, 200, 0.7, 5)
+        return time_steps(captured(work) if mode == "graph" else work, DEVICE, 200, 0.7, 5)
+
+    return with_peak(clocked)
+
+
+def with_peak(clocked: Callable[[], Times]) -> dict[str, Any]:
+    """The times, and MiB at the peak beyond what stood."""
+    times, peak = peak_of(clocked, DEVICE)
+    return {**times.short(), "peak_mib": round((peak or 0) / 2**20, 1)}
 
 
 def _peft(report: Any, model: Any, shape: str, batches: list[str], bases: dict[tuple[str, str], float]) -> None:
@@ -149,24 +156,13 @@ def _peft(report: Any, model: Any, shape: str, batches: list[str], bases: dict[t
                 break
             ids = tokens_of(model, *(int(n) for n in batch.split("x")))
             try:
-                free()
-                standing = torch.cuda.memory_allocated()
-                found = median_ms(forward(peer, ids), 0.7, 3)
-                peak = round((torch.cuda.max_memory_allocated() - standing) / 2**20, 1)
+                work = forward(peer, ids)
+                found = with_peak(lambda: time_steps(work, DEVICE, 200, 0.7))
                 share = round(found["ms"] / bases[batch, "calls"], 3) if (batch, "calls") in bases else None
-                report.add(
-                    part="models",
-                    shape=shape,
-                    batch=batch,
-                    what=what,
-                    mode="calls",
-                    **found,
-                    share=share,
-                    peak_mib=peak,
-                )
+                report.add(part="models", shape=shape, batch=batch, what=what, mode="calls", **found, share=share)
             except Exception as problem:
                 report.add(part="models", shape=shape, batch=batch, what=what, failed=str(problem)[:300])
-                free()
+                tidy(DEVICE)
         peer.unload()
 
 
@@ -175,7 +171,7 @@ def run_decode(report: Any) -> None:
     for shape in report.options.shapes:
         if shape == "tiny" or report.late():
             continue
-        model = make_model(shape, report.options.layers, torch.device("cuda"))
+        model = make_model(shape, report.options.layers, DEVICE)
         bases: dict[tuple[str, str, int], float] = {}
         for experts in (0, *report.options.model_experts):
             if experts:
@@ -187,9 +183,9 @@ def run_decode(report: Any) -> None:
                             return
                         _decode(report, model, shape, experts, cache, fuse, rows, bases)
             detach(model)
-            free()
+            tidy(DEVICE)
         del model
-        free()
+        tidy(DEVICE)
 
 
 def _decode(
@@ -205,7 +201,7 @@ def _decode(
         token = logits.argmax(-1)
         for _ in range(4):
             token = decode.step(token).argmax(-1)
-        found = median_ms(lambda: decode.step(token), 10.0, DECODE_STEPS, DECODE_STEPS)
+        found = time_steps(lambda: decode.step(token), DEVICE, DECODE_STEPS, 10.0, DECODE_STEPS).short()
         decode.close()
     except Exception as problem:
         report.add(**where, failed=f"{type(problem).__name__}: {str(problem)[:300]}")

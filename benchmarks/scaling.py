@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from measure import about, elapsed_ms
 from quietgoose.train.engine import initialize_distributed, shutdown
 from quietgoose.train.parallel import owned, ring_bytes
 from quietgoose.train.recipe import RowTrainSettings
 from quietgoose.train.traffic import Traffic
-from thoughts_measure import about
-from training_cases import running, shapes, timed, wait
+from training_cases import running, shapes, timed
 
 ARMS = ("data:zero0", "data:zero1", "data:zero2", "expert:zero0", "expert:zero2", "data:zero3")
 EXPERTS = 12
@@ -104,7 +104,7 @@ class Worker:
         per_rank = -(-EXPERTS * in_all // world.size)
         kind = self.options.kind
         with running(kind, self.shape, EXPERTS, in_all, self.device, micro_rows=per_rank, **settings) as run:
-            found = timed(run.step, self.options.seconds)
+            found = timed(run.step, self.device, self.options.seconds)
             rate = 1e3 * run.tokens / found["ms"]
         with running(kind, self.shape, EXPERTS, world.size, self.device, compile="off", **settings) as run:
             run.step()
@@ -121,15 +121,9 @@ class Worker:
     def link(self) -> dict[str, Any]:
         """Bus bandwidth of a large all-reduce: 2 (W - 1) / W bytes sent over its time."""
         tensor = torch.zeros(2**16 if self.options.tiny else 2**26, device=self.device)
-        times = []
-        for _ in range(8):
-            wait()
-            begin = time.perf_counter()
-            dist.all_reduce(tensor)
-            wait()
-            times.append(time.perf_counter() - begin)
+        seconds = min(elapsed_ms(lambda: dist.all_reduce(tensor), self.device) for _ in range(8)) / 1e3
         sent = 2 * (self.world.size - 1) / self.world.size * tensor.numel() * 4
-        return {"mebibytes": tensor.numel() * 4 / 2**20, "gigabytes_per_second": round(sent / min(times) / 1e9, 1)}
+        return {"mebibytes": tensor.numel() * 4 / 2**20, "gigabytes_per_second": round(sent / seconds / 1e9, 1)}
 
 
 def table(lines: list[dict[str, Any]]) -> None:

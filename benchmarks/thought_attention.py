@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kv_cache_measure import say, time_steps
+from measure import about, attempt, mib, peak_of, say, time_steps, why_not, write
 from quietgoose.kernels.testing import relative_rmse, tolerance
 from quietgoose.kernels.thought_attention import fast, thought_attention
 from thought_attention_peers import Case, dense, flex
-from thoughts_measure import about, attempt, mib, peak_of, why_not, write
 from torch import Tensor
 
 CASES = [

@@ -105,7 +105,7 @@ class AuthorsLoop:
         for m in range(config.branch_length):
             hidden_RLD = self._forward(self._inputs(thought, ids_RL, steps_RL, m), cache, m + 1)
             ahead = max(0, m - config.tokens - 1)
-            mixed_RLD = mix(thought, base_RLD.roll(-ahead, dims=1), hidden_RLD)[0]
+            mixed_RLD = mix(thought, base_RLD.roll(-ahead, dims=1), hidden_RLD)[0].to(hidden_RLD.dtype)
             if m < config.tokens:
                 if forced_BAST is None:
                     steps_RL.append(self._sample(hidden_RLD))

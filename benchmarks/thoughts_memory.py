@@ -30,7 +30,7 @@ from typing import Any
 
 import quietgoose.thoughts.attention as thoughts_attention
 import torch
-from kv_cache_measure import build, elapsed_ms, say, time_steps, weight_bytes
+from measure import about, attempt, elapsed_ms, held, idle, mib, peak_of, say, tidy, time_steps, why_not, write
 from quietgoose.thoughts import stats
 from quietgoose.thoughts.anchors import term_counts
 from quietgoose.thoughts.config import ThoughtConfig
@@ -38,11 +38,11 @@ from quietgoose.thoughts.gradient import Stream, thought_loss
 from quietgoose.thoughts.policy import ModelPolicy
 from quietgoose.thoughts.rollout import RolloutGraphs
 from quietgoose.thoughts.storage import ThoughtStore
+from random_models import build, smollm2, weight_bytes
 from thought_attention_peers import DenseAttention
 from thoughts_authors_loop import AuthorsLoop, Fixes, Text, is_green, parameters_of, small_gate, small_model
-from thoughts_measure import about, attempt, held, idle, mib, peak_of, tidy, why_not, write
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LOOP_ARMS = {
     "loop": Fixes(),
@@ -54,14 +54,6 @@ ARMS = (*LOOP_ARMS, "phases_dense", "prefix_once", "chunks", "graphs", "int8", "
 GRAPH_ARMS = ("graphs", "int8", "int4")
 CELLS = ["512:9:2", "512:13:4", "1024:13:4", "2048:13:4"]
 TINY_CELLS = ["12:2:2", "16:3:2"]
-
-
-def smollm2_135m() -> LlamaConfig:
-    """The shape of SmolLM2-135M."""
-    return LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True,
-    )  # fmt: skip
 
 
 class Bench:
@@ -78,7 +70,7 @@ class Bench:
             self.model = loaded.to(self.device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         else:
-            self.model = build(smollm2_135m(), self.device, dtype)
+            self.model = build(smollm2(), self.device, dtype)
         self.model.requires_grad_(options.train == "full")
         self.parameters = parameters_of(self.model, ThoughtConfig())
         self.text = None

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from thoughts_measure import about
-from training_cases import Shape, matmul_peak, running, shapes, timed, wait
+from measure import about, elapsed_ms, matmul_limit, wait
+from training_cases import Shape, running, shapes, timed
 from training_peers import peft_step
 
 ARMS = ("gate", "peft", "ours", "attention", "gates", "llama3", "rows", "profile")
@@ -104,7 +104,7 @@ class Bench:
     def _peft(self, shape: Shape, **options: bool) -> dict[str, Any]:
         rows = self.options.rows * 12 if not options["padded"] else 0
         with peft_step(shape, rows, self.device, **options) as (step, tokens):
-            found = timed(step, self.options.seconds)
+            found = timed(step, self.device, self.options.seconds)
         return {"experts": 1, **found, "tokens_per_second": round(1e3 * tokens / found["ms"])}
 
     def ours(self) -> None:
@@ -132,7 +132,7 @@ class Bench:
 
     def llama3(self) -> None:
         shape = self.shapes["llama3"]
-        peak = matmul_peak() if self.device.type == "cuda" else float("nan")
+        peak = matmul_limit(self.device, 8192 if self.device.type == "cuda" else 512) / 1e12
         self.put(arm="llama3", what="bf16 matmul peak", tflops=round(peak, 1))
         for mode, kind, experts, rows in (
             ("layers", "experts", 4, 4),
@@ -153,7 +153,7 @@ class Bench:
 
         def work() -> dict[str, Any]:
             with running(kind, chosen, experts, rows, self.device, self.options.strategy, **settings) as run:
-                found = timed(run.step, self.options.seconds)
+                found = timed(run.step, self.device, self.options.seconds)
                 rate = 1e3 * run.tokens / found["ms"]
                 more = {"tflops": round(rate * chosen.flops / 1e12, 1)}
                 if peak:
@@ -180,14 +180,10 @@ class Bench:
         ) as run:
             for _ in range(6):
                 run.step()
-            wait()
+            wait(self.device)
             activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 2 if self.device.type == "cuda" else 1]
             with profile(activities=activities) as seen:
-                start = time.perf_counter()
-                for _ in range(3):
-                    run.step()
-                wait()
-                wall = time.perf_counter() - start
+                wall = elapsed_ms(lambda: [run.step() for _ in range(3)], self.device)
         return _kernels(seen, wall, 3)
 
 
@@ -199,7 +195,7 @@ def _kernels(seen: Any, wall: float, steps: int) -> dict[str, Any]:
     total = sum(sum(times) for times in spent.values())
     heavy = sorted(spent.items(), key=lambda item: -sum(item[1]))[:25]
     return {
-        "wall_ms": round(1e3 * wall / steps, 2), "device_ms": round(total / steps, 2),
+        "wall_ms": round(wall / steps, 2), "device_ms": round(total / steps, 2),
         "kernels": round(sum(len(times) for times in spent.values()) / steps),
         "heaviest": [
             {"name": name[:110], "ms": round(sum(times) / steps, 3), "calls": round(len(times) / steps)}

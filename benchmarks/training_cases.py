@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import random_models
 import torch
+from measure import Times, elapsed_ms, gib, peak, reset_peak, tidy
 from quietgoose.base.distributed import broadcast
 from quietgoose.routing.expert import Expert, ExpertCard, SiteAdapter
 from quietgoose.routing.library import ExpertLibrary
@@ -26,9 +25,10 @@ from quietgoose.train.jobs.experts import ExpertJob
 from quietgoose.train.jobs.gates import GateJob
 from quietgoose.train.recipe import ExpertSettings, GateSettings, OptimizerSettings, RowTrainSettings
 from quietgoose.train.strategy import load_strategy
+from random_models import llama3_8b, smollm2
 from transformers import LlamaConfig, LlamaForCausalLM
 
-WARM_UP = 4
+WARM_UP, BLOCK = 4, 4
 RANK = 16
 
 
@@ -75,28 +75,14 @@ def shapes(tiny: bool = False) -> dict[str, Shape]:
             vocab_size=256, tie_word_embeddings=True,
         )  # fmt: skip
         return {"smollm2": Shape("smollm2", config, 64, 20), "llama3": Shape("llama3", config, 64, 20)}
-    smollm2 = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True,
-    )  # fmt: skip
-    llama3 = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
-    )  # fmt: skip
-    return {"smollm2": Shape("smollm2", smollm2, 512, 80), "llama3": Shape("llama3", llama3, 2048, 512)}
+    return {"smollm2": Shape("smollm2", smollm2(), 512, 80), "llama3": Shape("llama3", llama3_8b(4), 2048, 512)}
 
 
 def build(shape: Shape, device: torch.device, attention: str = "sdpa") -> LlamaForCausalLM:
-    """Random weights, bf16 on a GPU, made where they are needed."""
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    """Random weights, bf16 on a GPU, as they are trained over."""
     shape.config._attn_implementation = attention
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(shape.config).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return random_models.build(shape.config, device, dtype).train()
 
 
 def packed(shape: Shape, name: str, rows: int, seed: int) -> PackedExpert:
@@ -199,60 +185,18 @@ def running(
     finally:
         run.close()
         del run, job, engine, model
-        tidy()
+        tidy(device)
 
 
-def tidy() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(step: Callable[[], Any], seconds: float = 4.0, most: int = 40) -> dict[str, float]:
+def timed(step: Callable[[], Any], device: torch.device, seconds: float = 4.0, most: int = 40) -> dict[str, Any]:
     """Milliseconds a step over blocks of four steps that the device is waited for after: median, p20, p80; peak GiB. Steps
     run for about `seconds`. The first call compiles; its time is told apart."""
-    begin = time.perf_counter()
-    step()
-    wait()
-    first = time.perf_counter() - begin
-    begin = time.perf_counter()
-    for _ in range(WARM_UP):
-        step()
-    wait()
-    one_block = (time.perf_counter() - begin) * 4 / WARM_UP
-    blocks = broadcast(min(max(3, int(seconds / one_block)), most // 4))  # all processes take equally many steps
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    times: list[float] = []
-    for _ in range(blocks):
-        start = time.perf_counter()
-        for _ in range(4):
-            step()
-        wait()
-        times.append((time.perf_counter() - start) / 4)
-    cuts = statistics.quantiles(times, n=5)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
+    first = elapsed_ms(step, device)
+    one = elapsed_ms(lambda: [step() for _ in range(WARM_UP)], device) / WARM_UP
+    # all processes take equally many steps
+    blocks = broadcast(min(max(3, int(1e3 * seconds / (BLOCK * one))), most // BLOCK))
+    reset_peak(device)
+    taken = [elapsed_ms(lambda: [step() for _ in range(BLOCK)], device) / BLOCK for _ in range(blocks)]
     return {
-        "ms": round(1e3 * statistics.median(times), 2), "p20": round(1e3 * cuts[0], 2), "p80": round(1e3 * cuts[-1], 2),
-        "steps": 4 * len(times), "first_seconds": round(first, 1), "peak_gib": round(peak, 2),
+        **Times.of(taken).short(2), "steps": BLOCK * blocks, "first_seconds": round(first / 1e3, 1), "peak_gib": gib(peak(device)),
     }  # fmt: skip
-
-
-def matmul_peak(size: int = 8192) -> float:
-    """TFLOP/s of bf16 products of square matrices, best of ten: what the hardware does at most here."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    best = 0.0
-    for turn in range(13):
-        wait()
-        start = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        wait()
-        if turn > 2:
-            best = max(best, 10 * 2 * size**3 / (time.perf_counter() - start) / 1e12)
-    return best

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from measure import tidy
 from peft import LoraConfig, get_peft_model
 from quietgoose.train.data.attention import model_inputs
-from training_cases import RANK, Shape, build, packed, tidy
+from training_cases import RANK, Shape, build, packed
 
 BATCH = 32
 
@@ -21,7 +22,7 @@ def peft_step(
     """(one optimizer step with one adapter, its tokens). `padded`: a batch of 32 documents padded to the longest, as loops
     usually go, and `loss.item()` for the log; else `rows` packed rows under a block mask."""
     torch._dynamo.reset()
-    tidy()
+    tidy(device)
     base = build(shape, device)
     adapter = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, adapter).train()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import Times, elapsed_ms, gib, matmul_limit, peak, reset_peak, time_calls
 from quietgoose.alignment.backbone import build_backbone
 from quietgoose.alignment.model_settings import AlignSettings, BackboneSettings
 from quietgoose.alignment.samplers import sample_rows
@@ -40,36 +40,6 @@ CLASSES, SHAPE, SIDE = 10, (3, 32, 32), 8192
 WARM = 8
 
 
-def clock(call: Callable[[], Any], seconds: float, device: torch.device) -> list[float]:
-    """Seconds of single calls, for about `seconds` and at least five of them."""
-    taken: list[float] = []
-    while len(taken) < 5 or sum(taken) < seconds:
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return taken
-
-
-def spread(taken: list[float]) -> dict[str, float]:
-    """Milliseconds."""
-    ordered = sorted(taken)
-    at = {name: ordered[int(share * (len(ordered) - 1))] for name, share in (("p20", 0.2), ("p80", 0.8))}
-    return {
-        "ms": round(1e3 * statistics.median(taken), 3),
-        **{k: round(1e3 * v, 3) for k, v in at.items()},
-        "calls": len(taken),
-    }
-
-
-def limit_of(device: torch.device, side: int) -> float:
-    """FLOP/s of a bf16 matrix product of this side: the best of several."""
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    clock(lambda: a @ b, 0.2, device)
-    return 2 * side**3 / min(clock(lambda: a @ b, 0.5, device))
-
-
 def images_of(count: int) -> ImageSet:
     random = np.random.default_rng(0)
     rows = random.integers(0, 256, (count, *SHAPE), dtype=np.uint8)
@@ -87,7 +57,7 @@ class Bench:
         assert teacher is not None
         self.teacher: Teacher = teacher
         self.teacher_flops = vit_flops(SHAPE, settings.patch, settings.width, settings.layers, settings.heads)
-        self.limit = limit_of(self.device, options.side)
+        self.limit = matmul_limit(self.device, options.side)
 
     def settings(self, compiled: bool, aligned: bool) -> UrepaSettings:
         rows, optimizer = self.options.rows, OptimizerSettings(lr=1e-4, warmup=0.0)
@@ -138,31 +108,26 @@ class Bench:
             report = engine.step(data.step(next(number)))
             assert not report.skipped
 
-        started = time.perf_counter()
-        for _ in range(WARM):
-            step()
-        warm = time.perf_counter() - started
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        taken = clock(step, self.options.seconds, self.device)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+        warm = elapsed_ms(lambda: [step() for _ in range(WARM)], self.device)
+        reset_peak(self.device)
+        times = time_calls(step, self.device, self.options.seconds)
+        most = peak(self.device)
         engine.destroy()
         data.close()
         align = settings.align if shape is not None else None
         flops = training_flops(settings.backbone, align, SHAPE, CLASSES, self.teacher.dim, self.teacher.grid)
         return {
-            **self._rates(taken, self.options.rows, flops),
-            "warm_seconds": round(warm, 1),
-            "peak_gib": round(peak, 2),
+            **self._rates(times, self.options.rows, flops),
+            "warm_seconds": round(warm / 1e3, 1),
+            "peak_gib": gib(most),
         }
 
     def teacher_alone(self) -> dict[str, Any]:
         """Features of a batch, no training."""
         pixels = self.images.pixels(torch.arange(self.options.rows), None, self.device)
-        clock(lambda: self.teacher.features(pixels), 0.3, self.device)
-        return self._rates(
-            clock(lambda: self.teacher.features(pixels), 1.0, self.device), self.options.rows, self.teacher_flops
-        )
+        time_calls(lambda: self.teacher.features(pixels), self.device, 0.3)
+        times = time_calls(lambda: self.teacher.features(pixels), self.device, 1.0)
+        return self._rates(times, self.options.rows, self.teacher_flops)
 
     def sampling(self, compiled: bool) -> dict[str, Any]:
         """50 Euler steps without guidance, in batches of 1,000."""
@@ -177,12 +142,12 @@ class Bench:
 
         draw()
         flops = 50 * unet_flops(meta_backbone(backbone, SHAPE, CLASSES), SHAPE)
-        return self._rates(clock(draw, 1.0, self.device), rows, flops)
+        return self._rates(time_calls(draw, self.device, 1.0), rows, flops)
 
-    def _rates(self, taken: list[float], rows: int, flops: int) -> dict[str, Any]:
-        rate = rows / statistics.median(taken)
+    def _rates(self, times: Times, rows: int, flops: int) -> dict[str, Any]:
+        rate = 1e3 * rows / times.median
         return {
-            **spread(taken), "images_per_second": round(rate), "gflop_per_image": round(flops / 1e9, 2),
+            **times.short(3), "calls": times.count, "images_per_second": round(rate), "gflop_per_image": round(flops / 1e9, 2),
             "tflop_per_second": round(rate * flops / 1e12, 1), "share_of_limit": round(rate * flops / self.limit, 3),
         }  # fmt: skip
 

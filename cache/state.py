@@ -26,9 +26,8 @@ from torch import Tensor
 
 from ..base.errors import RecipeError
 from ..kernels.cached_attention import SaliencyBuffers, Tail
-from ..kernels.quantize import KeyRounding, PackedArena, key_rounding
-from ..kernels.saliency import select_salient
-from . import guards, reading, scoring, serialise
+from ..kernels.quantize import PackedArena, key_rounding
+from . import guards, packing, reading, serialise
 from .guards import stateful
 from .history import History
 from .memory import Bytes, state_bytes
@@ -144,8 +143,8 @@ class LayerState:
             key = torch.cat([window.tail.key[:, :, window.window], key], dim=2)
             value = torch.cat([window.tail.value[:, :, window.window], value], dim=2)
             valid = torch.cat([window.tail.valid[:, window.window].bool(), valid], dim=1)
-        chunk = Chunk(key, valid, self._rank(valid), old)
-        scores, evidence = self._score_chunk(chunk, query, scaling, probes)
+        chunk = Chunk(key, valid, packing.rank(self, valid), old)
+        scores, evidence = packing.score_chunk(self, chunk, query, scaling, probes)
         leaving = key.shape[2] - min(self.policy.recent_tokens, key.shape[2])
         rounding = None
         if self.policy.rounds_with_queries and leaving:
@@ -153,7 +152,7 @@ class LayerState:
                 guards.warn_without_queries()
             else:
                 rounding = key_rounding(query, valid[:, old:], key, valid)
-        self._retire(chunk, value, scores, leaving, rounding)
+        packing.retire(self, chunk, value, scores, leaving, rounding)
         kept = None if evidence is None else (evidence[0][:, :, leaving:], evidence[1][:, leaving:])
         window.refill(key[:, :, leaving:], value[:, :, leaving:], valid[:, leaving:], kept)
 
@@ -198,13 +197,9 @@ class LayerState:
         if leaving == 0:
             return
         valid = window.tail.valid[:, window.window].bool()
-        chunk = Chunk(window.tail.key[:, :, window.window], valid, self._rank(valid), window.columns)
-        scores = None
-        if window.buffers is not None and window.evident:
-            scores = scoring.window_scores(self.policy, *window.evidence(), chunk.rank)
-        elif self.policy.splits and not self.policy.uses_attention:
-            scores = scoring.position_scores(self.policy, chunk.rank, self.shape.kv_heads, self.sequence_id)
-        self._retire(chunk, window.tail.value[:, :, window.window], scores, leaving)
+        chunk = Chunk(window.tail.key[:, :, window.window], valid, packing.rank(self, valid), window.columns)
+        scores = packing.score_window(self, chunk)
+        packing.retire(self, chunk, window.tail.value[:, :, window.window], scores, leaving)
         window.keep_last(keep)
 
     # attending -------------------------------------------------------------------------------------------------
@@ -360,55 +355,3 @@ class LayerState:
         if times < 1:
             raise RecipeError(f"fork or repeat {times} times: at least 1", code="CFG-053")
         return torch.arange(self.batch * times, device=self.device) // times
-
-    def _rank(self, valid: Tensor) -> Tensor:
-        """int64 [B,m]: place of window columns among the row's valid columns since the beginning."""
-        return self.history.valid_count().unsqueeze(1) + valid.long().cumsum(1) - 1
-
-    def _score_chunk(
-        self, chunk: Chunk, query: Tensor | None, scaling: float, probes: SharedProbes | None
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """Scores of all columns (None: nothing is known) and the evidence that those which stay keep."""
-        if not self.policy.splits:
-            return None, None
-        if not self.policy.uses_attention:
-            return scoring.position_scores(self.policy, chunk.rank, self.shape.kv_heads, self.sequence_id), None
-        if query is None:
-            guards.warn_without_queries()
-            return None, None
-        scores, total, count = scoring.chunk_evidence(
-            self.policy, chunk, query, scaling=scaling, sequence_id=self.sequence_id, layer=self.layer_index, shared=probes
-        )  # fmt: skip
-        if chunk.old:
-            old_total, old_count = self.window.evidence()
-            total[:, :, : chunk.old] += old_total
-            count[:, : chunk.old] += old_count
-            merged = scoring.window_scores(self.policy, total, count, chunk.rank)
-            scores = torch.cat([merged[:, :, : chunk.old], scores[:, :, chunk.old :]], dim=2)
-        self.window.evident = True
-        return scores, (total, count)
-
-    def _retire(
-        self,
-        chunk: Chunk,
-        value: Tensor,
-        scores: Tensor | None,
-        leaving: int,
-        rounding: KeyRounding | None = None,
-    ) -> None:
-        """Pack the first `leaving` columns of a chunk; sinks among them go to their slots."""
-        if leaving == 0:
-            return
-        valid, rank = chunk.valid[:, :leaving], chunk.rank[:, :leaving]
-        key, value = chunk.key[:, :, :leaving], value[:, :, :leaving]
-        stored = valid & (rank >= self.policy.sink_tokens)
-        if not self.policy.splits:
-            salient = stored if self.policy.salient_ratio == 1.0 else torch.zeros_like(stored)
-            salient = salient.unsqueeze(1).expand(-1, self.shape.kv_heads, -1)
-        elif scores is None:
-            salient = scoring.spread(stored, self.policy.salient_ratio, self.shape.kv_heads)
-        else:
-            salient = select_salient(scores[:, :, :leaving].contiguous(), stored, self.policy.salient_ratio)
-        moved = self.history.store.pack(key, value, salient.contiguous(), stored, valid, rounding)
-        self.window.fill_sinks(key, value, rank, valid)
-        self.layout_version += int(moved)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .report import curves
 
 FRAGMENT = Path(__file__).with_name("images_report.html")
 MAX_BYTES = 8_000_000
+CHARACTER, ENTRY = 9, 32  # most bytes of a caption's character in the page, and of what stands around a picture
 
 
 @dataclass(frozen=True)
@@ -69,32 +71,27 @@ def write_images_report(
     notes: Sequence[str] = (),
 ) -> Path:
     """Write the page, at most 8 MB: the last pictures are left out first, which a note says."""
-    shown = list(pictures)
-    text = ""
-    while True:
-        left_out = len(pictures) - len(shown)
-        small = [f"Left out to keep this page small: {left_out} of {len(pictures)} pictures."] if left_out else []
-        text = render(FRAGMENT, _page(title, tables, shown, scores, events, facts, [*notes, *small]), images=True)
-        if len(text.encode()) <= MAX_BYTES or not shown:
-            break
-        shown.pop()
-    write_atomic(path, text)
-    return path
-
-
-def _page(
-    title: str, tables: Sequence[Table], pictures: Sequence[Picture], scores: Sequence[Chart],
-    events: Iterable[Mapping[str, Any]], facts: Mapping[str, Any] | None, notes: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
-    return {
+    page: dict[str, Any] = {
         "title": title,
         "facts": [[str(key), str(value)] for key, value in (facts or {}).items()],
-        "notes": list(notes),
+        "notes": [*notes, _left_out(len(pictures), len(pictures))],
         "tables": [asdict(table) for table in tables],
-        "pictures": [{"caption": one.caption, "source": _data_address(one.png)} for one in pictures],
+        "pictures": [],
         "scores": [asdict(chart) for chart in scores],
         "curves": [{"title": stage["stage"], "lines": stage["lines"]} for stage in curves(events)],
     }
+    room = MAX_BYTES - len(render(FRAGMENT, page, images=True).encode())
+    entries = [{"caption": one.caption, "source": _data_address(one.png)} for one in pictures]
+    sizes = accumulate(len(one["source"]) + CHARACTER * len(one["caption"]) + ENTRY for one in entries)
+    shown = sum(size <= room for size in sizes)
+    page["notes"] = [*notes, *([_left_out(len(pictures) - shown, len(pictures))] if shown < len(pictures) else [])]
+    page["pictures"] = entries[:shown]
+    write_atomic(path, render(FRAGMENT, page, images=True))
+    return path
+
+
+def _left_out(count: int, of: int) -> str:
+    return f"Left out to keep this page small: {count} of {of} pictures."
 
 
 def _data_address(png: bytes) -> str:

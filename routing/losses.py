@@ -14,16 +14,6 @@ from torch.nn import functional
 from ..kernels.linear_loss import HEAD_EXTRAS, IGNORED, num_pieces, token_nll
 
 
-def token_losses(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor, index_L: Tensor | None = None) -> Tensor:
-    """-log p(label) in fp32 [B, T] of a Hugging Face causal LM, 0 where the label is -100; labels are already shifted.
-
-    `inputs` are the model's keyword arguments; its rows may be flattened to [1, B*T] (flash attention).
-    `index_L` says where the labels are in the flattened rows; without it the device is waited for, to count them.
-    """
-    hidden_TD, head = hidden_and_head(model, inputs)
-    return head_losses(model, hidden_TD, head, labels_BT, index_L)
-
-
 def head_losses(
     model: nn.Module,
     hidden_TD: Tensor,
@@ -32,8 +22,12 @@ def head_losses(
     index_L: Tensor | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """The same from hidden states. A frozen head makes the gradient of the hidden states in the forward pass, by compiled code
-    if asked for."""
+    """-log p(label) in fp32 [B, T] from `hidden_and_head` of a Hugging Face causal LM, 0 where the label is -100; labels are
+    already shifted.
+
+    `index_L` says where the labels are in the flattened rows; without it the device is waited for, to count them.
+    A frozen head makes the gradient of the hidden states in the forward pass, by compiled code if asked for.
+    """
     labels_T = labels_BT.flatten()
     whole = model.get_output_embeddings()  # type: ignore[operator]
     sharded = any(hasattr(p, "ds_id") for p in whole.parameters())  # ZeRO-3: all ranks call the head equally often
@@ -59,7 +53,10 @@ def expert_sums(losses_BT: Tensor, expert_B: Tensor, num_experts: int) -> Tensor
 
 
 def hidden_and_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, nn.Module]:
-    """Hidden states [T, D] and the head; for models that do more to logits than a linear, logits and the identity."""
+    """Hidden states [T, D] and the head; for models that do more to logits than a linear, logits and the identity.
+
+    `inputs` are the model's keyword arguments; its rows may be flattened to [1, B*T] (flash attention).
+    """
     body = getattr(model, "base_model", model)
     plain = all(getattr(model.config, name, None) in (None, 1, 1.0) for name in HEAD_EXTRAS)  # type: ignore[union-attr]
     if body is model or not plain:

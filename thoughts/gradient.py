@@ -30,7 +30,7 @@ from .parameters import ThoughtTensors
 from .policy import Policy, PolicyTensors
 from .prefix import run_prefix
 from .rollout import RolloutGraphs, banned_tokens, rollout
-from .scoring import gap_sums
+from .scoring import gap_sums, score_thoughts, shuffled
 from .types import TERMS, Prefix, Rows, ThoughtLoss, Thoughts
 
 
@@ -100,8 +100,12 @@ def thought_loss(
     work = _PhaseTwo(policy, tensors, prefix, rows, thoughts, config, weights_M, reference_BL, chunk or anchors.count)
     value = _TakenAtOnce.apply(work, *tensors.flat(), *prefix.flat())
     if measure_gap:
-        with torch.no_grad():
-            work.stats += gap_sums(policy, tensors, prefix, rows, thoughts, config, chunk=work.chunk)
+        first = thoughts.first_sample()
+        own, other = (
+            score_thoughts(policy, tensors, prefix, rows, scored, config, chunk=work.chunk)
+            for scored in (first, shuffled(first))
+        )
+        work.stats += gap_sums(own, other)
     sums_M = torch.cat([base.detach().view(1), work.sums])
     return ThoughtLoss(weights_M[0] * base + value, sums_M, work.stats, thoughts)
 

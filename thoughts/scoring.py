@@ -66,22 +66,8 @@ def shuffled(thoughts: Thoughts) -> Thoughts:
     return thoughts.with_tokens(tokens)
 
 
-@torch.no_grad()
-def gap_sums(
-    policy: Policy,
-    tensors: PolicyTensors,
-    prefix: Prefix,
-    rows: Rows,
-    thoughts: Thoughts,
-    config: ThoughtConfig,
-    *,
-    chunk: int | None = None,
-) -> Tensor:
-    """The sums own_gain, other_gain and gap_scored of stats.py, over the first sample of every anchor; `chunk` anchors of a
-    row at once (None: all)."""
-    first = Thoughts(thoughts.tokens_BAST[:, :, :1], thoughts.logprob_BAST[:, :, :1], thoughts.anchors)
-    own = score_thoughts(policy, tensors, prefix, rows, first, config, chunk=chunk)
-    other = score_thoughts(policy, tensors, prefix, rows, shuffled(first), config, chunk=chunk)
+def gap_sums(own: Scores, other: Scores) -> Tensor:
+    """The sums own_gain, other_gain and gap_scored of stats.py: of the anchors' own thoughts, and of `shuffled` ones."""
     found = {
         "own_gain": own.reward_BAS.double().sum(),
         "other_gain": other.reward_BAS.double().sum(),

@@ -93,6 +93,10 @@ class Thoughts:
             self.tokens_BAST[:, start:stop], self.logprob_BAST[:, start:stop], self.anchors.part(start, stop)
         )
 
+    def first_sample(self) -> Thoughts:
+        """The first thought of every anchor."""
+        return Thoughts(self.tokens_BAST[:, :, :1], self.logprob_BAST[:, :, :1], self.anchors)
+
     def with_tokens(self, tokens_BAST: Tensor) -> Thoughts:
         """Other tokens at the same anchors (for example those of other anchors, a control)."""
         return replace(self, tokens_BAST=tokens_BAST)

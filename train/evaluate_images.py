@@ -28,7 +28,7 @@ from ..alignment.settings import SamplerSettings
 from ..base import distributed
 from ..base.seeding import derive
 from ..base.tensor_file import read_tensors
-from .data.images import ImageSet, cache_folder, open_images
+from .data.images import ImageSet, cache_folder, open_both
 from .image_grid import by_class, grid_image, save_png
 from .image_results import FORMAT, write_image_results
 from .image_sampling import draw_samples, held_out_loss, velocity_of
@@ -111,7 +111,7 @@ def run_evaluate(context: Context) -> Writer:
     recipe, settings = context.recipe, context.recipe.evaluate.images
     folder = context.folder.require("urepa", "evaluate")
     card = read_card(folder)
-    train, test = (open_images(recipe.images, part, context.device) for part in ("train", "test"))
+    train, test = open_both(recipe.images, context.device)
     box: list[Panel] = []
 
     def prepare() -> dict[int, int]:

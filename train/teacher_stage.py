@@ -17,7 +17,7 @@ from ..alignment.training import TRAINED, train_teacher
 from ..base import distributed
 from ..base.errors import RecipeError
 from ..base.files import read_json
-from .data.images import cache_folder, open_images
+from .data.images import cache_folder, open_both
 from .recipe import Recipe
 from .stages import Context, Writer
 
@@ -40,7 +40,7 @@ def run_teacher(context: Context) -> Writer:
             code="CFG-092",
         )
     pixels = dataclasses.replace(recipe.images, vae=None)
-    train, test = (open_images(pixels, part, context.device) for part in ("train", "test"))
+    train, test = open_both(pixels, context.device)
 
     def make() -> Path:
         return train_teacher(

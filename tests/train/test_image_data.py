@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from quietgoose.base.errors import DataError, RecipeError
-from quietgoose.train.data.images import ImageLoader, open_images
+from quietgoose.train.data.images import ImageLoader, open_both, open_images
 from quietgoose.train.image_settings import ImageSettings
 
 
@@ -26,6 +26,17 @@ def folder_of_images(root: Path, classes: dict[str, int], **options) -> Path:
             picture(number, **options).save(root / name / f"{number:03d}.png")
             number += 1
     return root
+
+
+def parquet(path: Path, seeds: range) -> Path:
+    """Grey pictures with labels of three named classes."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageColumn
+
+    rows = {"picture": [picture(s, mode="L") for s in seeds], "label": [s % 3 for s in seeds]}
+    features = Features({"picture": ImageColumn(), "label": ClassLabel(names=["a", "b", "c"])})
+    Dataset.from_dict(rows, features=features).to_parquet(str(path))
+    return path
 
 
 @pytest.fixture
@@ -64,16 +75,8 @@ def test_a_folder_by_class_with_its_own_test_split(tmp_path: Path, cache: str) -
 
 
 def test_parquet_by_datasets(tmp_path: Path, cache: str) -> None:
-    from datasets import ClassLabel, Dataset, Features
-    from datasets import Image as ImageColumn
-
-    def write(path: Path, seeds: range, **columns) -> None:
-        rows = {"picture": [picture(s, mode="L") for s in seeds], "label": [s % 3 for s in seeds]}
-        features = Features({"picture": ImageColumn(), "label": ClassLabel(names=["a", "b", "c"])})
-        Dataset.from_dict(rows, features=features).to_parquet(str(path))
-
-    write(tmp_path / "train.parquet", range(10))
-    write(tmp_path / "test.parquet", range(10, 14))
+    parquet(tmp_path / "train.parquet", range(10))
+    parquet(tmp_path / "test.parquet", range(10, 14))
     settings = ImageSettings(source=str(tmp_path / "train.parquet"), test=str(tmp_path / "test.parquet"), cache=cache)
     train, test = open_images(settings), open_images(settings, "test")
     assert train.shape == (1, 8, 8)  # grey, as its first image is
@@ -95,8 +98,12 @@ def test_a_saved_dataset_with_splits_and_without_labels(tmp_path: Path, cache: s
     assert (len(train), train.num_classes, train.shape) == (6, 1, (3, 8, 8))
 
 
-def test_a_folder_of_parquet_files_in_the_hub_s_layout(tmp_path: Path, cache: str) -> None:
+def test_a_folder_of_parquet_files_in_the_hub_s_layout(tmp_path: Path, cache: str, monkeypatch) -> None:
+    import datasets
     from datasets import Dataset
+
+    loads, real = [], datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a: loads.append(a) or real(*a))
 
     (tmp_path / "set" / "data").mkdir(parents=True)
     for part, rows in (("train", range(6)), ("test", range(6, 9))):
@@ -105,6 +112,9 @@ def test_a_folder_of_parquet_files_in_the_hub_s_layout(tmp_path: Path, cache: st
     settings = ImageSettings(source=str(tmp_path / "set"), cache=cache)
     train, test = open_images(settings), open_images(settings, "test")
     assert (len(train), len(test), train.num_classes) == (6, 3, 2)
+    loads.clear()
+    train, test = open_both(settings)
+    assert (len(train), len(test), len(loads)) == (6, 3, 1)
     assert np.array_equal(train.rows[5], np.asarray(picture(5)).transpose(2, 0, 1))
     with pytest.raises(DataError, match=r"DATA-040.*has no split 'trian'; it has train, test"):
         open_images(ImageSettings(source=str(tmp_path / "set"), split="trian", cache=cache))
@@ -211,6 +221,35 @@ def test_latents_of_a_local_autoencoder(tmp_path: Path, cache: str) -> None:
     assert float(decoded.abs().max()) <= 1.0
     with pytest.raises(DataError, match=r"DATA-044.*needs config.json"):
         open_images(ImageSettings(vae=str(tmp_path), cache=cache))
+
+
+def test_both_parts_read_every_source_once(tmp_path: Path, cache: str, monkeypatch) -> None:
+    from quietgoose.train.data import image_sources, latents
+
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, sample_size=8, latent_channels=4
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    hashed, opened = [], []
+    real = image_sources.sha256_file, latents.load_vae
+    monkeypatch.setattr(image_sources, "sha256_file", lambda path: hashed.append(path.name) or real[0](path))
+    monkeypatch.setattr(latents, "load_vae", lambda *a: opened.append(a) or real[1](*a))
+    source, held = parquet(tmp_path / "train.parquet", range(5)), parquet(tmp_path / "test.parquet", range(5, 8))
+    settings = ImageSettings(source=str(source), test=str(held), vae=str(tmp_path / "vae"), cache=cache)
+    train, test = open_both(settings)
+    assert (hashed, len(opened)) == (["train.parquet", "test.parquet"], 1)
+    assert (len(train), len(test), train.shape, test.shape) == (5, 3, (4, 8, 8), (4, 8, 8))
+    for images, part in ((train, "train"), (test, "test")):
+        alone = open_images(settings, part)
+        assert alone.digest == images.digest
+        place_B = torch.arange(len(images))
+        drawn = [one.inputs(place_B, torch.zeros(len(one), dtype=torch.bool), 3, place_B) for one in (images, alone)]
+        assert torch.equal(*drawn)
+    assert hashed == ["train.parquet", "test.parquet"]  # remembered
+    parquet(source, range(6))
+    assert len(open_both(settings)[0]) == 6
+    assert hashed == ["train.parquet", "test.parquet", "train.parquet"]
 
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"

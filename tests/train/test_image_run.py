@@ -169,6 +169,29 @@ def test_a_page_too_large_leaves_pictures_out_and_says_so(run, tmp_path: Path, m
     assert re.search(r"Left out to keep this page small: [1-3] of 4 pictures", page)
 
 
+def test_a_page_is_filled_to_its_limit_with_few_renders(tmp_path: Path, monkeypatch) -> None:
+    from quietgoose.evaluation import images_report
+
+    made: list[int] = []
+    real = images_report.render
+    monkeypatch.setattr(images_report, "MAX_BYTES", 60_000)
+    monkeypatch.setattr(images_report, "render", lambda *a, **k: made.append(len(a[1]["pictures"])) or real(*a, **k))
+    events = ({"stage": "s", "step": n, "losses": {"a": 1.0}} for n in (1, 2))  # can be read once
+    pictures = [images_report.Picture(f"<\u202e\u00e4{n}>", os.urandom(3000)) for n in range(20)]
+    page = images_report.write_images_report(
+        tmp_path / "r.html", "t", [], pictures, [], events=events, notes=["n"]
+    ).read_bytes()
+    shown = page.count(b"data:image/png;base64,")
+    assert made == [0, shown]
+    assert 60_000 - 5000 < len(page) <= 60_000
+    data = json.loads(page.decode().split('id="data">')[1].split("</script>")[0])
+    assert data["notes"] == ["n", f"Left out to keep this page small: {20 - shown} of 20 pictures."]
+    assert len(data["pictures"]) == shown
+    assert data["curves"][0]["lines"][0]["steps"] == [1, 2]
+    whole = images_report.write_images_report(tmp_path / "w.html", "t", [], pictures[:3], [], notes=["n"]).read_text()
+    assert '"notes":["n"]' in whole
+
+
 def test_the_export_has_the_average_and_no_projector(run) -> None:
     manifest = read_json(run.export / "quietgoose.json")
     assert set(manifest["files"]) == {"model.safetensors", "README.md", "samples.png"}

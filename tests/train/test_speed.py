@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from quietgoose.kernels import linear_loss
 from quietgoose.routing.library import ExpertLibrary
 from quietgoose.train import capture, compiled
 from quietgoose.train.data import packed_attention
-from quietgoose.train.data.attention import FLEX, document_borders, model_inputs
+from quietgoose.train.data.attention import FLEX, VARLEN, document_borders, model_inputs
 from quietgoose.train.data.loader import borders
 from quietgoose.train.jobs.experts import ExpertJob
 from quietgoose.train.jobs.gates import GateJob
@@ -22,6 +23,7 @@ from quietgoose.train.recipe import ExpertSettings, GateSettings, RowTrainSettin
 from quietgoose.train.settings import load_recipe
 from quietgoose.train.types import Batch
 from quietgoose.train.verdict import Layout, coefficients
+from torch.nn import functional
 
 TOOLS = runpy.run_path(str(Path(__file__).with_name("test_expert_gate_jobs.py")))
 NAMES = TOOLS["NAMES"]
@@ -184,6 +186,31 @@ def test_flex_attention_reads_documents_as_sdpa_does(monkeypatch) -> None:
         model.set_attn_implementation(FLEX)
         got = model.model(**model_inputs(batch, FLEX), use_cache=False).last_hidden_state
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_varlen_attention_is_handed_every_document_once(monkeypatch) -> None:
+    """The flash kernel needs a GPU (test_gpu_speed.py); what it is given and what becomes of it does not."""
+
+    def kernel(q, k, v, borders, key_borders, longest, longest_key, scale=None, **options):
+        assert borders is key_borders
+        assert longest == longest_key
+        parts = []
+        for first, last in itertools.pairwise(borders.tolist()):
+            one = (x[first:last].transpose(0, 1) for x in (q, k, v))
+            out = functional.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True)
+            parts.append(out.transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(packed_attention, "varlen_attn", kernel)
+    model, batch = TOOLS["make_model"](), batch_of()
+    with torch.no_grad():
+        want = model.model(**model_inputs(batch), use_cache=False).last_hidden_state
+        model.set_attn_implementation(VARLEN)
+        got = model.model(**model_inputs(batch, VARLEN), use_cache=False).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    with pytest.raises(RecipeError, match="no attention dropout"):
+        model.train().model(**model_inputs(batch, VARLEN), use_cache=False)
 
 
 def test_borders_are_the_devices_and_have_one_length() -> None:

@@ -6,9 +6,10 @@ the file or dataset, the row and the reason (DATA-040). Called by images.py.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,11 @@ class Source:
         return len(self.labels)
 
 
-def open_source(settings: ImageSettings, name: str, split: str, known: Sequence[str] = ()) -> Source | None:
-    """The rows of one split; None if the source has no such split. `known`: class names of the training rows.
+def open_source(
+    settings: ImageSettings, name: str, split: str, known: Sequence[str] = (), loaded: dict[str, Any] | None = None
+) -> Source | None:
+    """The rows of one split; None if the source has no such split. `known`: class names of the training rows; `loaded`:
+    datasets by name that are open already, and are added to.
 
     Raises DataError DATA-040 (no such source, no column), DATA-041 (labels).
     """
@@ -53,12 +57,12 @@ def open_source(settings: ImageSettings, name: str, split: str, known: Sequence[
     if path.suffix == ".parquet":
         return _parquet(settings, path, known) if split == settings.split or settings.test == name else None
     if path.is_dir() and _is_dataset(path):
-        return _dataset(settings, str(path), split, known)
+        return _dataset(settings, str(path), split, known, loaded)
     if path.is_dir():
         return _folder(path, split, known, main=split == settings.split)
     if name.startswith(("/", ".", "~")) or path.suffix:
         raise DataError(f"images: {name}: no such file or folder", code="DATA-040")
-    return _dataset(settings, name, split, known)
+    return _dataset(settings, name, split, known, loaded)
 
 
 def decode(data: bytes | Path, where: str) -> Image.Image:
@@ -134,30 +138,52 @@ def _parquet(settings: ImageSettings, path: Path, known: Sequence[str]) -> Sourc
         rows = Dataset.from_parquet(str(path))
     except Exception as error:  # whatever reader or cache fails with: the file is named
         raise DataError(f"images: {path}: cannot be read as parquet ({_short(error)})", code="DATA-040") from error
-    return _columns(settings, rows, str(path), sha256_file(path), known)
+    return _columns(settings, rows, str(path), _hash(path), known)
 
 
-def _dataset(settings: ImageSettings, name: str, split: str, known: Sequence[str]) -> Source | None:
+def _hash(path: Path) -> str:
+    """Of a file's content; read once in a run unless the file changes."""
+    stat = path.stat()
+    return _hash_once(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _hash_once(path: Path, size: int, changed_ns: int) -> str:
+    return sha256_file(path)
+
+
+def _dataset(
+    settings: ImageSettings, name: str, split: str, known: Sequence[str], loaded: dict[str, Any] | None
+) -> Source | None:
     """A Hugging Face dataset by name (`NAME:CONFIG`) or folder; no code of it is run."""
+    loaded = {} if loaded is None else loaded
+    if name not in loaded:
+        loaded[name] = _splits(settings, name)
+    rows = loaded[name].get(split)
+    if rows is None and split == settings.split:
+        raise DataError(f"images: {name} has no split '{split}'; it has {', '.join(loaded[name])}", code="DATA-040")
+    return None if rows is None else _columns(settings, rows, name, str(rows._fingerprint), known)
+
+
+def _splits(settings: ImageSettings, name: str) -> Mapping[str, Any]:
     from datasets import load_dataset, load_from_disk
+
+    from .hub import load_hub_dataset
 
     try:
         if (Path(name) / "state.json").is_file():
-            splits: Any = {settings.split: load_from_disk(name)}
-        elif (Path(name) / "dataset_dict.json").is_file():
-            splits = load_from_disk(name)
-        else:
-            path, _, config = name.partition(":")
-            splits = load_dataset(path, config or None)
+            return {settings.split: load_from_disk(name)}
+        if (Path(name) / "dataset_dict.json").is_file():
+            return load_from_disk(name)  # type: ignore[return-value]
+        if Path(name).is_dir():
+            return load_dataset(name)  # type: ignore[return-value]
+        return load_hub_dataset(name)
     except Exception as error:  # the hub, its cache and many readers raise many kinds
         raise DataError(
-            f"images: {name}: neither a file or folder here nor a dataset that can be loaded ({_short(error)})",
+            f"images: {name}: neither a file or folder here nor a dataset that can be loaded ({_short(error)}); "
+            "images from files: --images.source FILE.parquet --images.test FILE.parquet",
             code="DATA-040",
         ) from error
-    rows = splits.get(split)
-    if rows is None and split == settings.split:
-        raise DataError(f"images: {name} has no split '{split}'; it has {', '.join(splits)}", code="DATA-040")
-    return None if rows is None else _columns(settings, rows, name, str(rows._fingerprint), known)
 
 
 def _columns(settings: ImageSettings, rows: Any, name: str, key: str, known: Sequence[str]) -> Source:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,25 +180,39 @@ def open_images(settings: ImageSettings, part: Part = "train", device: torch.dev
     Raises DataError: DATA-040 (no such source), DATA-041 (labels), DATA-042 (an image that cannot be decoded),
     DATA-043 (sizes that differ, too few images).
     """
-    source = open_source(settings, settings.source, settings.split)
+    return _open(settings, (part,), torch.device(device))[0]
+
+
+def open_both(settings: ImageSettings, device: torch.device | str = "cpu") -> tuple[ImageSet, ImageSet]:
+    """(train, test) as `open_images` has them; the source is opened and hashed once, and one autoencoder serves both."""
+    train, test = _open(settings, ("train", "test"), torch.device(device))
+    return train, test
+
+
+def _open(settings: ImageSettings, parts: Sequence[Part], device: torch.device) -> list[ImageSet]:
+    loaded: dict[str, Any] = {}
+    source = open_source(settings, settings.source, settings.split, (), loaded)
     if source is None or not len(source):
         raise DataError(f"images: {settings.source}: no rows in split '{settings.split}'", code="DATA-040")
-    held = open_source(settings, settings.test or settings.source, _test_split(settings), source.classes)
+    held = open_source(settings, settings.test or settings.source, _test_split(settings), source.classes, loaded)
     key = sha256_json(
         [FORMAT, source.key, None if held is None else held.key, settings.size, settings.colour, settings.limit,
          settings.holdout, settings.on_bad_image]
     )  # fmt: skip
     folder = built_once(cache_folder(settings) / "images" / key[:32], lambda out: _build(settings, source, held, out))
+    sets = [_part(folder, part, flip=settings.flip) for part in parts]
+    if settings.vae is not None:
+        for images, latents in zip(sets, open_latents(settings, sets, cache_folder(settings), device)):
+            images.latents = latents
+    return sets
+
+
+def _part(folder: Path, part: Part, *, flip: bool) -> ImageSet:
     facts = read_json(folder / "images.json")
     found = facts[part]
     rows = np.memmap(folder / f"{part}.u8", dtype=np.uint8, mode="c", shape=(found["count"], *facts["shape"]))
     labels = np.fromfile(folder / f"{part}_labels.i64", dtype=np.int64)
-    images = ImageSet(
-        rows, labels, tuple(facts["classes"]), found["digest"], flip=settings.flip, skipped=found["skipped"]
-    )
-    if settings.vae is not None:
-        images.latents = open_latents(settings, images, cache_folder(settings), torch.device(device))
-    return images
+    return ImageSet(rows, labels, tuple(facts["classes"]), found["digest"], flip=flip, skipped=found["skipped"])
 
 
 def cache_folder(settings: ImageSettings) -> Path:

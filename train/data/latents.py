@@ -7,7 +7,7 @@ scale of the autoencoder's config (sd-vae-ft-*: 0 and 0.18215). Called by images
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -106,14 +106,17 @@ def load_vae(folder: Path, device: torch.device) -> tuple[Autoencoder, str]:
     return frozen.to(device), sha256
 
 
-def open_latents(settings: ImageSettings, images: ImageSet, cache: Path, device: torch.device) -> Latents:
-    """The part's latents, encoded on `device` at the first call."""
+def open_latents(settings: ImageSettings, sets: Sequence[ImageSet], cache: Path, device: torch.device) -> list[Latents]:
+    """The latents of every set, encoded on `device` at the first call, by one autoencoder."""
     assert settings.vae is not None
     vae_folder = Path(settings.vae).expanduser()
     vae, sha256 = load_vae(vae_folder, device)
-    key = sha256_json([images.digest, sha256, settings.flip])
-    folder = built_once(cache / "latents" / key[:32], lambda out: _encode(vae, images, device, out))
-    return Latents(folder, vae, vae_folder, sha256, images.pixel_shape[0])
+    made = []
+    for images in sets:
+        key = sha256_json([images.digest, sha256, settings.flip])
+        folder = built_once(cache / "latents" / key[:32], lambda out, images=images: _encode(vae, images, device, out))
+        made.append(Latents(folder, vae, vae_folder, sha256, images.pixel_shape[0]))
+    return made
 
 
 def _encode(vae: Autoencoder, images: ImageSet, device: torch.device, out: Path) -> None:

@@ -47,41 +47,41 @@ def document_mask(segment_BT: Tensor) -> BlockMask:
     return create_block_mask(allowed, rows, None, length, length, device=str(segment_BT.device), BLOCK_SIZE=BLOCK)
 
 
-def flex_forward(
+def packed_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    document_mask: BlockMask,
+    document_mask: BlockMask | None = None,
+    document_borders: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, T, d], key and value [B, G, T, d] -> [B, T, H, d]. Heads are repeated: the kernels want H / G a power
-    of 2 otherwise."""
-    _no_dropout(dropout)
+    """query [B, H, T, d], key and value [B, G, T, d] -> [B, T, H, d]; by flex if there is a mask, by varlen if borders."""
+    if dropout > 0:
+        raise RecipeError(
+            "train.attention: flex and varlen have no attention dropout, which this model's config asks for; set "
+            "train.attention: base",
+            code="CFG-032",
+        )
+    if document_mask is not None:
+        return _flex(query, key, value, document_mask, scaling), None
+    assert document_borders is not None
+    return _varlen(query, key, value, document_borders, scaling), None
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None) -> Tensor:
+    """Heads are repeated: the kernels want H / G a power of 2 otherwise."""
     key, value = _repeated(key, query), _repeated(value, query)
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    out = attend(query, key, value, block_mask=document_mask, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+    return attend(query, key, value, block_mask=mask, scale=scaling).transpose(1, 2).contiguous()  # type: ignore[union-attr]
 
 
-def varlen_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    document_borders: Tensor,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """As `flex_forward`. Documents of no length at the end of the borders cost nothing."""
-    _no_dropout(dropout)
+def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scaling: float | None) -> Tensor:
+    """Documents of no length at the end of the borders cost nothing."""
     rows, heads, length, size = query.shape
     grouped = "enable_gqa" in VARLEN_OPTIONS
     if not grouped:
@@ -95,8 +95,7 @@ def varlen_forward(
     elif scaling is not None and abs(scaling * size**0.5 - 1) > 1e-6:
         flat[0] = flat[0] * (scaling * size**0.5)  # older kernels scale by 1 / sqrt(d) themselves
     q, k, v = flat
-    out = varlen_attn(q, k, v, document_borders, document_borders, length, length, **options)
-    return out.view(rows, length, heads, size), None  # type: ignore[union-attr]
+    return varlen_attn(q, k, v, borders, borders, length, length, **options).view(rows, length, heads, size)  # type: ignore[union-attr]
 
 
 @functools.cache
@@ -109,14 +108,5 @@ def _repeated(part: Tensor, query: Tensor) -> Tensor:
     return part if times == 1 else part.repeat_interleave(times, dim=1)
 
 
-def _no_dropout(dropout: float) -> None:
-    if dropout > 0:
-        raise RecipeError(
-            "train.attention: flex and varlen have no attention dropout, which this model's config asks for; set "
-            "train.attention: base",
-            code="CFG-032",
-        )
-
-
-AttentionInterface.register(FLEX, flex_forward)
-AttentionInterface.register(VARLEN, varlen_forward)
+for name in (FLEX, VARLEN):
+    AttentionInterface.register(name, packed_forward)
