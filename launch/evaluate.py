@@ -9,17 +9,18 @@ folder of tasks. Writes the table as JSON, Markdown and CSV beside each other. U
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
-from quietgoose.base.errors import QuietGooseError, RecipeError
-from quietgoose.base.files import read_json
+from quietgoose.base.errors import RecipeError
+from quietgoose.base.files import check_writable, storing
+from quietgoose.launch.command import run_command
 
 Generation = Literal["never", "numbers", "always"]
 
@@ -62,11 +63,18 @@ def evaluate(
         batch_tokens: tokens of one forward pass; by default 8192 on a CPU, 65536 on a GPU
         bootstrap: resamples of the intervals
         seed: of the bootstrap, random gates and merges
-        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one
+        device: auto, cpu, cuda, cuda:1, ...; by default a GPU if there is one
     """
-    target = Path(out)
+    target = Path(out).expanduser()
     if target.suffix != ".json":
         raise RecipeError(f"--out {out}: must end in .json; the other tables go beside it", code="CFG-001")
+    _at_least_one(
+        k=k, limit=limit, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, bootstrap=bootstrap
+    )  # fmt: skip
+    if os.environ.get("RANK", "0") == "0":  # who will write
+        check_writable(target, f"--out {out}")
+    folder = Path(model).expanduser()
+    manifest = _language_manifest(folder, model)
     from quietgoose.evaluation.tasks import find_tasks, load_task
 
     found = [load_task(folder, split, limit) for folder in find_tasks(tasks, split, include or [])]
@@ -76,21 +84,20 @@ def evaluate(
     from quietgoose.evaluation.tables import to_markdown, write_results
     from quietgoose.routing.model import state
     from quietgoose.train.arms import build_arms, check_arms
-    from quietgoose.train.export import load, load_tokenizer
+    from quietgoose.train.export import check_routing, load, load_tokenizer
 
     check_arms(arms or [])
-    if "average_activation" in (arms or []):
-        _no_activations()
+    check_routing(manifest, router, k)
     where = _device(device)
     _join_peers()
-    routed = load(model, base=base, router=router, k=k, device=where, thoughts=False)  # the arms are routers
+    routed = load(folder, base=base, router=router, k=k, device=where, thoughts=False)  # the arms are routers
     attached = state(routed)
     names = arms or list(dict.fromkeys([baseline, attached.router]))
-    rows, limited = build_arms(names, routed, attached.library, found, attached.k, seed, _no_activations)
+    rows, limited = build_arms(names, routed, attached.library, found, attached.k, seed)
     progress = _Progress(world().is_main)
     results = evaluation.evaluate(
         routed,
-        load_tokenizer(model),
+        load_tokenizer(folder),
         found,
         rows,
         device=where,
@@ -104,9 +111,11 @@ def evaluate(
         on_progress=progress,
     )
     if world().is_main:
-        facts = _facts(Path(model), where, attached.k)
-        paths = write_results(results, target.parent, f"{Path(model).name} on {split}", facts, target.stem)
-        print(to_markdown(results, facts=facts))
+        results = dataclasses.replace(results, notes=(*results.notes, *_left_out(names, results.arms)))
+        facts = _facts(folder, manifest, where, min(attached.k, len(attached.library)))
+        print(to_markdown(results, facts=facts))  # first, so that a disk that is full costs no table
+        with storing(f"--out {out}"):
+            paths = write_results(results, target.parent, f"{folder.name} on {split}", facts, target.stem)
         print("written:", *paths)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -114,12 +123,36 @@ def evaluate(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of the error, whose text goes to stderr."""
-    try:
-        auto_cli(evaluate, args=list(argv) if argv is not None else None, as_positional=False)
-    except QuietGooseError as error:
-        print(error, file=sys.stderr)
-        return int(error.exit_code)
-    return 0
+    return run_command(evaluate, argv)
+
+
+def _at_least_one(**numbers: int | None) -> None:
+    """RecipeError CFG-001 for an option below 1; None is not given."""
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise RecipeError(f"--{name.replace('_', '-')} {value}: at least 1", code="CFG-001")
+
+
+def _language_manifest(folder: Path, given: str) -> dict[str, Any]:
+    """What the export says, before its files are looked at; RecipeError CFG-083 if it cannot be scored."""
+    from quietgoose.train.export_manifest import IMAGES, kind_of, parse_manifest
+
+    manifest = parse_manifest(folder)
+    if kind_of(manifest) == IMAGES:
+        raise RecipeError(
+            f"--model {given}: draws images; its run's evaluate stage scores them, launch/sample.py draws them",
+            code="CFG-083",
+        )
+    if not manifest["experts"]:
+        raise RecipeError(f"--model {given}: has no experts whose arms could be compared", code="CFG-083")
+    return manifest
+
+
+def _left_out(names: Sequence[str], arms: Sequence[str]) -> list[str]:
+    """A note for every arm that was asked for and is no row."""
+    why = {"oracle": "no task has the name of an expert"}
+    missing = [name for name in names if name not in arms and name != "experts"]
+    return [f"{name} is left out: {why.get(name, 'it can run on none of the tasks')}" for name in missing]
 
 
 class _Progress:
@@ -156,11 +189,12 @@ class _Progress:
 
 
 def _device(wanted: str | None) -> str:
-    import torch
+    from quietgoose.base.devices import usable_device
 
-    if wanted is not None:
-        return wanted
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    device = usable_device(wanted, "--device")
+    if wanted in (None, "auto") and device.type == "cuda":
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return str(device)
 
 
 def _join_peers() -> None:
@@ -171,19 +205,10 @@ def _join_peers() -> None:
         dist.init_process_group("gloo")
 
 
-def _no_activations() -> Any:
-    raise RecipeError(
-        "--arms average_activation: an export has no training data to average over; take it in the run's "
-        "evaluate stage, or leave it out",
-        code="CFG-022",
-    )
-
-
-def _facts(model: Path, device: str, k: int) -> dict[str, Any]:
+def _facts(model: Path, manifest: Mapping[str, Any], device: str, k: int) -> dict[str, Any]:
     import torch
     import transformers
 
-    manifest = read_json(model / "quietgoose.json")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     return {
         "model": model.name,

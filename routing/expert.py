@@ -55,11 +55,17 @@ class SiteAdapter:
 
 @dataclass(frozen=True)
 class Expert:
-    """A card and its tensors by site name. `gates` is None before gate training, else one fp32 vector a site."""
+    """A card and its tensors by site name.
+
+    gates   one fp32 vector a site, trained; None before gate training
+    means   the mean input of each site over the expert's own training text, fp32 (routing/statistics.py); None where the
+            gates were made without
+    """
 
     card: ExpertCard
     adapters: Mapping[str, SiteAdapter]
     gates: Mapping[str, Tensor] | None = None
+    means: Mapping[str, Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -69,18 +75,20 @@ class Expert:
     def sites(self) -> tuple[str, ...]:
         return tuple(self.adapters)
 
-    def with_gates(self, gates: Mapping[str, Tensor]) -> Expert:
-        """This expert with gate vectors. ArtifactError (EXP-003) if the sites differ or a gate is zero or not finite:
-        a zero gate would score 0 everywhere, which beats every negative score."""
-        if set(gates) != set(self.adapters):
-            odd = sorted(set(gates) ^ set(self.adapters))[0]
-            raise ArtifactError(
-                f"expert {self.name}: gates and adapters name different sites, for example {odd}",
-                code="EXP-003",
-            )
-        for site, vector in gates.items():
-            check_gate(vector, f"expert {self.name}, site {site}")
-        return replace(self, gates=dict(gates))
+    def with_gates(self, gates: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None) -> Expert:
+        """This expert with gate vectors and, if given, mean activations. ArtifactError (EXP-003) if the sites differ or a
+        vector is zero or not finite: a zero gate would score 0 everywhere, which beats every negative score."""
+        for kind, vectors in (("gates", gates), ("mean activations", means)):
+            if vectors is None:
+                continue
+            if set(vectors) != set(self.adapters):
+                odd = sorted(set(vectors) ^ set(self.adapters))[0]
+                raise ArtifactError(
+                    f"expert {self.name}: {kind} and adapters name different sites, for example {odd}", code="EXP-003"
+                )
+            for site, vector in vectors.items():
+                check_gate(vector, f"expert {self.name}, site {site}, {kind}")
+        return replace(self, gates=dict(gates), means=None if means is None else dict(means))
 
     def tensor_hash(self) -> str:
         """sha256 over the adapters' tensors (not the gates)."""

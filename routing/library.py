@@ -59,14 +59,18 @@ class ExpertLibrary:
         """Only the named experts, in the order given."""
         return ExpertLibrary(self[name] for name in names)
 
-    def with_gates(self, gates: Mapping[str, Mapping[str, Tensor]]) -> ExpertLibrary:
-        """Every expert with its gates (expert name -> site name -> vector); all experts must be named."""
+    def with_gates(
+        self, gates: Mapping[str, Mapping[str, Tensor]], means: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> ExpertLibrary:
+        """Every expert with its gates (expert name -> site name -> vector), which must name all experts, and with the mean
+        activations of those named in `means`."""
         for name in gates:
             self._known(name)
         missing = [name for name in self.names if name not in gates]
         if missing:
             raise RecipeError(f"no gates for expert {missing[0]}: gates are needed for every expert", code="CFG-021")
-        return ExpertLibrary(expert.with_gates(gates[expert.name]) for expert in self)
+        found = means or {}
+        return ExpertLibrary(expert.with_gates(gates[expert.name], found.get(expert.name)) for expert in self)
 
     def _known(self, name: str) -> None:
         if name not in self._experts:

@@ -24,6 +24,8 @@ from .routers import (
     SiteVectors,
     gate_vectors,
     library_arrow_vectors,
+    mean_vectors,
+    phatgoose_mean_vectors,
     random_vectors,
     router_kind,
 )
@@ -114,7 +116,7 @@ def set_router(
 ) -> nn.Module:
     """Change the router of a routed model; banks stay.
 
-    router   phatgoose (trained gates), random (seed), arrow, average_activation (needs `vectors`, see statistics.py),
+    router   phatgoose (trained gates), average_activation (mean activations), phatgoose_mean (both), random (seed), arrow,
              uniform, oracle (experts of rows from `assign_rows`), or `expert:NAME` (that expert for every token)
     vectors  site name -> expert name -> vector; overrides the router's own
     """
@@ -206,16 +208,17 @@ def _build_vectors(library: ExpertLibrary, router: str, seed: int) -> SiteVector
     match router:
         case "phatgoose":
             return gate_vectors(library)
+        case "phatgoose_mean":
+            return phatgoose_mean_vectors(library)
+        case "average_activation":
+            return mean_vectors(library)
         case "random":
             return random_vectors(library, seed)
         case "arrow":
             return library_arrow_vectors(library)
         case "uniform":
             return {site: {} for site in library.sites}
-    raise RecipeError(
-        f"router {router} needs vectors: compute them with routing.statistics.average_activation and pass them",
-        code="CFG-022",
-    )
+    raise RecipeError(f"router {router} needs vectors: pass them", code="CFG-022")
 
 
 def _stack(library: ExpertLibrary, site: str, vectors: Mapping[str, Mapping[str, Tensor]], bank: RoutedBank) -> Tensor:

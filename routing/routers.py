@@ -1,15 +1,19 @@
-"""Routers: pure functions from tokens and one vector per expert to the experts of every token.
+"""Routers: what each kind scores by, how its vectors are prepared, and where the vectors come from.
 
-One signature: `router(x_TI, vectors_NI, k, present_N) -> Routing`. `vectors_NI` are already prepared by the router's
-`prepare` step (done once, when experts are attached), so that a call costs few kernels. Scores are fp32 (fp64 stays
-fp64); ties go to the lower index (stable sort); an expert that lacks the site scores -inf, and the caller passes
-k <= number of present experts (a Python number, hence no host synchronisation here). Source: phatgoose.md 1.3, 1.5.
+A scoring router takes tokens and one vector per expert to the experts of every token. The scores themselves, the choice of
+the k largest and their weights are kernels/routed_lora's (`route_group` there is the specification), for all sites that read
+one input at once; here is what is done once, when experts are attached. Source: phatgoose.md 1.3, 1.5.
+
+    phatgoose  z = layernorm(x) . layernorm(v) / sqrt(d), v the trained gate; average_activation, random: another v
+    phatgoose_mean  v = layernorm(gate) + layernorm(mean activation): the two err on different tasks (docs/results.md)
+    arrow      z = |x . v| / 10, v the top right singular vector of B A (Ostapenko et al. 2024)
+    uniform    every present expert with weight 1/N, whatever the token
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,7 +23,6 @@ from torch.nn import functional
 
 from ..base.errors import RecipeError, suggest
 from ..base.seeding import generator
-from ..kernels.routed_lora import gate_scores, top_k
 from ..kernels.routed_lora.reference import EPSILON_NORM
 from .expert import Expert
 from .library import ExpertLibrary
@@ -34,9 +37,6 @@ class Routing(NamedTuple):
     index_TK: Tensor
 
 
-RouterFunction = Callable[[Tensor, Tensor, int, Tensor | None], Routing]
-
-
 def standardise(x_TI: Tensor) -> Tensor:
     """Layer norm without affine, eps 1e-5, population variance, in at least fp32."""
     wide = x_TI.to(torch.promote_types(x_TI.dtype, torch.float32))
@@ -48,23 +48,13 @@ def prepare_phatgoose(vectors_NI: Tensor) -> Tensor:
     return standardise(vectors_NI) / math.sqrt(vectors_NI.shape[1])
 
 
-def phatgoose(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None = None) -> Routing:
-    """z = layernorm(x) . layernorm(v) / sqrt(d); softmax over all N; k largest; w = p / (sum of chosen p + 1e-6)."""
-    return _top_k(gate_scores(x_TI, vectors_NI), k, present_N)
-
-
 def prepare_arrow(vectors_NI: Tensor) -> Tensor:
     """Unit vectors divided by the authors' temperature 10."""
     return functional.normalize(vectors_NI, dim=1) / ARROW_TEMPERATURE
 
 
-def arrow(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None = None) -> Routing:
-    """Arrow (Ostapenko et al. 2024): score |x . v| with v the top right singular vector of B A."""
-    return _top_k(gate_scores(x_TI, vectors_NI, arrow=True), k, present_N)
-
-
-def uniform(x_TI: Tensor, vectors_NI: Tensor, k: int, present_N: Tensor | None = None) -> Routing:
-    """All present experts with weight 1/N each; k is not used. Equals the product-mean merge where all are present."""
+def uniform(x_TI: Tensor, vectors_NI: Tensor, present_N: Tensor | None = None) -> Routing:
+    """All present experts with weight 1/N each. Equals the product-mean merge where all are present."""
     present = torch.ones_like(vectors_NI[:, 0]) if present_N is None else present_N.to(vectors_NI.dtype)
     weights_TK = (present / len(present)).expand(x_TI.shape[0], -1)
     index_TK = torch.arange(len(present), device=x_TI.device).expand(x_TI.shape[0], -1)
@@ -78,22 +68,22 @@ def unchanged(vectors_NI: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RouterKind:
-    """A scoring function, what it does to the vectors once, and the form in which the kernels know it.
+    """What a router does to its vectors once, and the form in which the kernels know it.
 
-    kernel  standardised: layernorm(x) . v; projection: |x . v|; None: no scores, weights do not depend on the token
+    kernel  standardised: layernorm(x) . v; projection: |x . v|; None: no scores, weights do not depend on the token (`uniform`)
     """
 
-    score: RouterFunction
     prepare: Callable[[Tensor], Tensor]
     kernel: Literal["standardised", "projection"] | None
 
 
 KINDS: dict[str, RouterKind] = {
-    "phatgoose": RouterKind(phatgoose, prepare_phatgoose, "standardised"),
-    "average_activation": RouterKind(phatgoose, prepare_phatgoose, "standardised"),
-    "random": RouterKind(phatgoose, prepare_phatgoose, "standardised"),
-    "arrow": RouterKind(arrow, prepare_arrow, "projection"),
-    "uniform": RouterKind(uniform, unchanged, None),
+    "phatgoose": RouterKind(prepare_phatgoose, "standardised"),
+    "phatgoose_mean": RouterKind(prepare_phatgoose, "standardised"),
+    "average_activation": RouterKind(prepare_phatgoose, "standardised"),
+    "random": RouterKind(prepare_phatgoose, "standardised"),
+    "arrow": RouterKind(prepare_arrow, "projection"),
+    "uniform": RouterKind(unchanged, None),
 }
 ROUTERS: tuple[str, ...] = (*KINDS, "oracle")
 
@@ -103,16 +93,38 @@ SiteVectors = dict[str, dict[str, Tensor]]
 
 def gate_vectors(library: ExpertLibrary) -> SiteVectors:
     """The trained gates. RecipeError (CFG-022) if an expert has none."""
-    vectors: SiteVectors = {site: {} for site in library.sites}
-    for expert in library:
-        if expert.gates is None:
+    return _by_site(library, "phatgoose", "gates", {expert.name: expert.gates for expert in library})
+
+
+def mean_vectors(library: ExpertLibrary) -> SiteVectors:
+    """The mean activations that the gates stage took. RecipeError (CFG-022) if an expert has none."""
+    return _by_site(
+        library, "average_activation", "mean activations", {expert.name: expert.means for expert in library}
+    )
+
+
+def phatgoose_mean_vectors(library: ExpertLibrary) -> SiteVectors:
+    """layernorm(gate) + layernorm(mean activation), in equal parts. No expert's vector depends on the others."""
+    means = mean_vectors(library)
+    return {
+        site: {name: standardise(gate) + standardise(means[site][name]) for name, gate in gates.items()}
+        for site, gates in gate_vectors(library).items()
+    }
+
+
+def _by_site(
+    library: ExpertLibrary, router: str, what: str, vectors: Mapping[str, Mapping[str, Tensor] | None]
+) -> SiteVectors:
+    found: SiteVectors = {site: {} for site in library.sites}
+    for name, of_expert in vectors.items():
+        if of_expert is None:
             raise RecipeError(
-                f"router phatgoose: expert {expert.name} has no gates; run the gates stage, or choose random or arrow",
+                f"router {router}: expert {name} has no {what}; run the gates stage, or choose random or arrow",
                 code="CFG-022",
             )
-        for site, vector in expert.gates.items():
-            vectors[site][expert.name] = vector
-    return vectors
+        for site, vector in of_expert.items():
+            found[site][name] = vector
+    return found
 
 
 def random_vectors(library: ExpertLibrary, seed: int) -> SiteVectors:
@@ -156,14 +168,8 @@ def library_arrow_vectors(library: ExpertLibrary) -> SiteVectors:
 
 
 def router_kind(name: str) -> RouterKind:
-    """The scoring router called `name`; RecipeError (CFG-023) if there is none."""
+    """The router called `name`; RecipeError (CFG-023) if there is none."""
     if name not in KINDS:
         allowed = (*ROUTERS, "expert:NAME")
         raise RecipeError(f"router '{name}': allowed are {', '.join(allowed)}.{suggest(name, allowed)}", code="CFG-023")
     return KINDS[name]
-
-
-def _top_k(scores_TN: Tensor, k: int, present_N: Tensor | None) -> Routing:
-    if present_N is not None:
-        scores_TN = scores_TN.masked_fill(~present_N, float("-inf"))
-    return Routing(*top_k(scores_TN, k))

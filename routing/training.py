@@ -23,6 +23,7 @@ from .expert import Expert, ExpertCard, SiteAdapter
 from .library import ExpertLibrary
 from .losses import expert_sums, head_losses, hidden_and_head
 from .model import install
+from .routers import SiteVectors
 from .row_adapter import InputGroup, RowAdapter, RowContext
 from .shared import sharing_groups
 from .sites import AdapterLayout, GateLayout, Site, all_sites, target_names
@@ -320,6 +321,13 @@ class TrainableGates(_TrainableRows):
             for expert in self.library_before
         }
 
-    def library(self, trained: Mapping[str, Tensor]) -> ExpertLibrary:
-        """The library with its trained gates; ArtifactError (EXP-003) if a gate never moved from zero."""
-        return self.library_before.with_gates(self.gates(trained))
+    def library(self, trained: Mapping[str, Tensor], means: SiteVectors | None = None) -> ExpertLibrary:
+        """The library with its trained gates and, if given, mean activations; ArtifactError (EXP-003) if a gate never moved
+        from zero."""
+        of_experts = {
+            expert.name: {
+                site: vectors[expert.name] for site, vectors in (means or {}).items() if expert.name in vectors
+            }
+            for expert in self.library_before
+        }
+        return self.library_before.with_gates(self.gates(trained), of_experts if means is not None else None)

@@ -2,7 +2,8 @@
 
 base                 no experts                          experts             every single expert, one row each
 oracle               the task's own expert (told)        phatgoose           trained gates, top-k
-random               gates ~ N(0, I), same router        average_activation  mean activations, same router
+phatgoose_mean       gates plus mean activations         average_activation  mean activations, same router
+random               gates ~ N(0, I), same router
 arrow                singular vectors, |x . v|           uniform             all experts, 1/N each
 merged, ties, dare   one static adapter made of all      permuted            trained gates of the wrong experts
 """
@@ -28,7 +29,7 @@ from ..routing.routers import SiteVectors, gate_vectors
 
 ARMS = (
     "base", "experts", "oracle", "random", "permuted", "average_activation", "arrow", "uniform", "merged", "ties",
-    "dare", "phatgoose",
+    "dare", "phatgoose", "phatgoose_mean",
 )  # fmt: skip
 MERGES: Mapping[str, Callable[[ExpertLibrary, int], Expert]] = {
     "merged": lambda library, seed: mean_of_products(library),
@@ -54,13 +55,8 @@ def build_arms(
     tasks: Sequence[Task],
     k: int,
     seed: int,
-    activations: Callable[[], SiteVectors],
 ) -> tuple[dict[str, Arm], dict[str, tuple[str, ...]]]:
-    """Arms by row name, and the tasks of those that cannot run on every task.
-
-    activations   computes the mean activations; called once, on the plain base with its own expert switched on, only
-                  if an arm needs them
-    """
+    """Arms by row name, and the tasks of those that cannot run on every task."""
     check_arms(names)
     arms: dict[str, Arm] = {}
     limited: dict[str, tuple[str, ...]] = {}
@@ -78,8 +74,6 @@ def build_arms(
             arms[name] = _merged(model, library, name, seed)
         elif name == "permuted":
             arms[name] = routed(model, library, "phatgoose", k, seed, lambda: permuted_gates(library, seed))
-        elif name == "average_activation":
-            arms[name] = routed(model, library, name, k, seed, activations)
         else:
             arms[name] = routed(model, library, name, k, seed)
     return arms, limited

@@ -314,9 +314,6 @@ def _evaluate(recipe: Recipe) -> Iterator[Problem]:
         yield "CFG-025", f"evaluate.arms: {', '.join(settings.arms) or 'none'}; name each arm once, at least one"
     if settings.baseline not in settings.arms and not settings.baseline.startswith("expert:"):
         yield "CFG-025", f"evaluate.baseline: '{settings.baseline}' is none of evaluate.arms"
-    without = [name for name in recipe.experts.load if name not in recipe.data.experts]
-    if "average_activation" in settings.arms and without:
-        yield "CFG-027", f"evaluate.arms: average_activation needs data of {', '.join(without)}; leave the arm out"
     from ..evaluation.tasks import find_tasks
 
     if settings.collection:

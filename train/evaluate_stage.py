@@ -19,22 +19,18 @@ from ..evaluation.tables import write_results
 from ..evaluation.tasks import Item, Task, find_tasks, load_task
 from ..routing.library import ExpertLibrary
 from ..routing.model import attach
-from ..routing.routers import SiteVectors
-from ..routing.statistics import average_activation, collect, token_votes
+from ..routing.statistics import collect, token_votes
 from . import skills
 from .arms import build_arms
 from .base_models import LoadedBase, load_base
-from .data.attention import model_inputs
-from .data.build import build_step_data
 from .data.rows import SKILLS
 from .evaluate_thoughts import evaluate_thoughts, thoughts_writer
-from .recipe import EvaluateSettings, Recipe, TrainSettings
-from .stages import Context, Writer, gate_sources, the_base, the_library
+from .recipe import EvaluateSettings, Recipe
+from .stages import Context, Writer, the_base, the_library
 from .tasks import task_of
 from .thought_settings import has_experts, has_thoughts
 
 TRACED_PROMPTS = 24
-ACTIVATION_ROWS = 32
 
 
 def load_tasks(settings: EvaluateSettings, seed: int) -> list[Task]:
@@ -80,10 +76,7 @@ def evaluate_routing(context: Context, base: LoadedBase, facts: Mapping[str, Any
     settings = recipe.evaluate
     library = the_library(context, base, "evaluate", gates=True)
     tasks = load_tasks(settings, recipe.seed)
-    arms, limited = build_arms(
-        settings.arms, base.model, library, tasks, recipe.router.k, recipe.seed,
-        lambda: mean_activations(context, base, library),
-    )  # fmt: skip
+    arms, limited = build_arms(settings.arms, base.model, library, tasks, recipe.router.k, recipe.seed)
     with torch.inference_mode():
         results = evaluate(
             base.model, base.tokenizer, tasks, arms, device=context.device, batch_tokens=settings.batch_tokens,
@@ -104,24 +97,6 @@ def evaluate_routing(context: Context, base: LoadedBase, facts: Mapping[str, Any
         write_json(folder / "traces.json", [dataclasses.asdict(one) for one in traces])
 
     return write
-
-
-def mean_activations(context: Context, base: LoadedBase, library: ExpertLibrary) -> SiteVectors:
-    """Vectors of the average-activation router, from packed training rows of every expert that has some."""
-    recipe = context.recipe
-    sources = gate_sources(recipe)
-    train = TrainSettings(steps=1, rows_per_expert=ACTIVATION_ROWS, micro_rows=ACTIVATION_ROWS)
-    attach(base.model, library, "uniform", 1)
-    batches: dict[str, list[tuple[Mapping[str, Any], torch.Tensor]]] = {}
-    for name in library.names:
-        if name not in sources:
-            raise RecipeError(
-                f"arm average_activation: expert {name} was loaded without data; leave the arm out", code="CFG-027"
-            )
-        data = build_step_data({name: sources[name]}, base.tokenizer, recipe.data, train, recipe.seed)
-        batch = data.step(0).micro[0].to(context.device)
-        batches[name] = [(model_inputs(batch, base.attention, base.model.dtype), batch.segment_BT > 0)]
-    return average_activation(base.model, batches)
 
 
 def trace(

@@ -14,10 +14,10 @@ from .recipe_train import OptimizerSettings, RowTrainSettings, TrainSettings
 __all__ = ["OptimizerSettings", "RowTrainSettings", "TrainSettings"]
 
 Stage = Literal["base", "experts", "gates", "thoughts", "teacher", "urepa", "evaluate", "export", "compare"]
-RouterName = Literal["phatgoose", "average_activation", "arrow", "random", "uniform", "oracle"]
+RouterName = Literal["phatgoose", "phatgoose_mean", "average_activation", "arrow", "random", "uniform", "oracle"]
 ArmName = Literal[
     "base", "experts", "oracle", "random", "permuted", "average_activation", "arrow", "uniform", "merged", "ties",
-    "dare", "phatgoose",
+    "dare", "phatgoose", "phatgoose_mean",
 ]  # fmt: skip
 ThoughtArmName = Literal[
     "base", "no_thought", "untrained", "thought", "shuffled", "pause", "random", "temperature",
@@ -218,6 +218,7 @@ class EvaluateSettings:
             "merged",
             "arrow",
             "phatgoose",
+            "phatgoose_mean",
         ]
     )
     limit: int | None = None

@@ -35,6 +35,7 @@ from .export import Provenance, export_model
 from .jobs.base import LanguageModelJob
 from .jobs.experts import ExpertJob
 from .jobs.gates import GateJob
+from .mean_activations import mean_activations
 from .nano import build_nano
 from .parallel import owned
 from .recipe import (
@@ -245,11 +246,12 @@ def run_gates(context: Context) -> Writer:
     library = the_library(context, base, "gates", gates=False)
     sources = gate_sources(recipe)
     data = step_data(context, sources, base.tokenizer, recipe.data, recipe.gates.train)
+    means = mean_activations(base, library, sources, recipe.data, recipe.seed, context.device)
     speed = _speed(context, base, recipe.gates.train)
     own = owned(library.names, recipe.gates.train, recipe.gates.train.strategy or recipe.strategy)
     job = GateJob(base.model, speed.attention, library, recipe.gates, speed.mode, own)
     trained = context.train("gates", job, data, recipe.gates.train, base.sha256)
-    gated = job.library(trained)
+    gated = job.library(trained, means)
     return lambda folder: save_gates(gated, folder / "gates.safetensors")
 
 

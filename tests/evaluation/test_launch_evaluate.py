@@ -97,7 +97,7 @@ def test_limit_include_and_forced(export, tasks, tmp_path):
         ({"--out": "table.md"}, 2, "must end in .json"),
         ({"--include": "[text]"}, 2, "Did you mean 'texts'"),
         ({"--arms": "[base,phatgose]"}, 2, "Did you mean 'phatgoose'"),
-        ({"--arms": "[base,average_activation]"}, 2, "no training data to average over"),
+        ({"--arms": "[base,average_activation]"}, 2, "has no mean activations"),
         ({"--baseline": "merged", "--arms": "[base]"}, 2, "baseline 'merged' is not among base"),
     ],
 )

@@ -24,6 +24,24 @@ def test_gates_round_trip_and_additions_leave_stored_tensors(model, mixed, new_e
     assert load_gates(path, mixed.restrict(["dog"]), sites).names == ("dog",)
 
 
+def test_mean_activations_lie_beside_the_gates(model, mixed, tmp_path) -> None:
+    path, sites = tmp_path / "gates.safetensors", all_sites(model)
+    held = mixed.with_gates(
+        {e.name: e.gates for e in mixed}, {e.name: {s: v + 1 for s, v in e.gates.items()} for e in mixed}
+    )
+    save_gates(held, path)
+    again = load_gates(path, mixed, sites)
+    for expert in held:
+        assert all(torch.equal(again[expert.name].means[s], v) for s, v in expert.means.items())
+        assert all(torch.equal(again[expert.name].gates[s], v) for s, v in expert.gates.items())
+    assert all(expert.means is None for expert in mixed)
+    tensors = load_file(path)
+    del tensors[next(key for key in tensors if key.endswith(":mean"))]
+    save_file(tensors, path)
+    with pytest.raises(ArtifactError, match=r"EXP-003.*mean activations and adapters"):
+        load_gates(path, mixed, sites)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

@@ -181,8 +181,9 @@ def test_errors_name_the_cause(model, equal, new_model, new_expert, tokens) -> N
     with pytest.raises(RecipeError, match=r"CFG-021.*Did you mean 'bee'"):
         attach(model, equal, "expert:beee")
     assert not any(isinstance(m, RoutedLinear) for m in model.modules())
-    with pytest.raises(RecipeError, match=r"CFG-022.*average_activation"):
-        attach(model, equal, "average_activation")
+    for router in ("average_activation", "phatgoose_mean"):
+        with pytest.raises(RecipeError, match=r"CFG-022.*average_activation: expert ant has no mean activations"):
+            attach(model, equal, router)
     with pytest.raises(RecipeError, match=r"CFG-024.*at least 1"):
         attach(model, equal, k=0)
     with pytest.raises(ArtifactError, match=r"EXP-002.*another base"):

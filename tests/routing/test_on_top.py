@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from quietgoose.base.errors import QuietGooseError
@@ -93,3 +95,56 @@ def test_a_vector_of_another_layout_is_refused(new_model) -> None:
     top = TopLora(model, AdapterLayout.uniform(all_sites(model), 2), 1.0)
     with pytest.raises(QuietGooseError, match="RTE-004"):
         top.use(torch.zeros(5))
+
+
+def attached(new_model, equal) -> tuple[torch.nn.Module, TopLora]:
+    """Routed experts, and a LoRA on top for good."""
+    model = new_model()
+    attach(model, equal, "phatgoose", 2)
+    layout = AdapterLayout.uniform(all_sites(model), 3)
+    top = TopLora(model, layout, 2.0)
+    top.use(random_flat(layout))
+    return model, top
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_it_is_cast_with_the_model(new_model, equal, dtype) -> None:
+    """The numbers of a model that had this dtype before the LoRA came, and still what it was behind `bound`."""
+    model, top = attached(new_model, equal)
+    keys = set(model.state_dict())
+    model.to(dtype)
+    assert set(model.state_dict()) == keys
+    assert not any("kept_P" in key for key in keys), "the LoRA has a file of its own"
+    other = new_model()
+    attach(other, equal, "phatgoose", 2)
+    other.to(dtype)
+    late = TopLora(other, top.layout, 2.0)
+    late.use(random_flat(top.layout))
+    assert torch.equal(logits(model), logits(other))
+    with top.bound(None), late.bound(None):
+        off = logits(other)
+        assert torch.equal(logits(model), off)
+        model.float()
+        assert torch.equal(logits(model), logits(other.float())), "casting does not switch it on"
+    assert not torch.allclose(logits(model), off.float(), atol=1e-3)
+    with top.bound(random_flat(top.layout).requires_grad_()):
+        assert model(TOKENS).logits.dtype == torch.float32
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_it_moves_with_the_model(new_model, equal) -> None:
+    model, top = attached(new_model, equal)
+    model.to("meta")
+    assert model(TOKENS.to("meta")).logits.is_meta
+    top.use(torch.zeros(top.layout.numel))
+    assert model(TOKENS.to("meta")).logits.is_meta, "a vector is brought to where the model is"
+
+
+def test_a_copied_model_has_a_lora_of_its_own(new_model, equal) -> None:
+    model, top = attached(new_model, equal)
+    before = logits(model)
+    twin = copy.deepcopy(model)
+    top.use(None)
+    twin.double()
+    assert not torch.equal(logits(model), before)
+    torch.testing.assert_close(logits(twin).float(), before, rtol=1e-4, atol=1e-5)

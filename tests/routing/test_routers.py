@@ -1,4 +1,5 @@
-"""The router equals an independent fp64 implementation of phatgoose.md 1.3, and its invariants hold."""
+"""Prepared vectors and the specification of the kernels' routing (`route_group`) together equal an independent fp64
+implementation of phatgoose.md 1.3, and its invariants hold."""
 
 from __future__ import annotations
 
@@ -7,17 +8,33 @@ import math
 import pytest
 import torch
 from quietgoose.base.errors import RecipeError
+from quietgoose.kernels.routed_lora import route_group
+from quietgoose.kernels.routed_lora.layout import ABSENT
 from quietgoose.routing.routers import (
-    arrow,
+    Routing,
     arrow_vectors,
     gate_vectors,
-    phatgoose,
+    mean_vectors,
+    phatgoose_mean_vectors,
     prepare_arrow,
     prepare_phatgoose,
     random_vectors,
     router_kind,
     uniform,
 )
+
+
+def chosen(
+    x_TI: torch.Tensor,
+    vectors_NI: torch.Tensor,
+    k: int,
+    present_N: torch.Tensor | None = None,
+    projection: bool = False,
+) -> Routing:
+    """One site's weights and indices by prepared vectors."""
+    absent_N = torch.zeros(len(vectors_NI)) if present_N is None else torch.where(present_N, 0.0, ABSENT)
+    weights_STK, index_STK = route_group(x_TI, vectors_NI, absent_N, len(vectors_NI), k, projection)
+    return Routing(weights_STK[0], index_STK[0])
 
 
 def twin(x_TI: torch.Tensor, v_NI: torch.Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
@@ -52,7 +69,7 @@ def data(tokens: int = 50, width: int = 33, experts: int = 7, dtype: torch.dtype
 @pytest.mark.parametrize("k", [1, 2, 7])
 def test_phatgoose_equals_the_fp64_twin(k: int) -> None:
     x, v = data()
-    weights, index = phatgoose(x, prepare_phatgoose(v), k)
+    weights, index = chosen(x, prepare_phatgoose(v), k)
     want_weights, want_index = twin(x, v, k)
     assert index.tolist() == want_index
     torch.testing.assert_close(weights, torch.tensor(want_weights, dtype=torch.float64), rtol=1e-12, atol=1e-12)
@@ -60,14 +77,14 @@ def test_phatgoose_equals_the_fp64_twin(k: int) -> None:
 
 def test_fp32_and_bf16_tokens_stay_close_to_fp64() -> None:
     x, v = data()
-    exact, index = phatgoose(x, prepare_phatgoose(v), 2)
-    single, single_index = phatgoose(x.float(), prepare_phatgoose(v.float()), 2)
+    exact, index = chosen(x, prepare_phatgoose(v), 2)
+    single, single_index = chosen(x.float(), prepare_phatgoose(v.float()), 2)
     assert single.dtype == torch.float32
     assert torch.equal(index, single_index)
     torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=1e-6)
     half = x.to(torch.bfloat16)
-    rounded, _ = phatgoose(half, prepare_phatgoose(v.float()), 2)
-    again, _ = phatgoose(half.double(), prepare_phatgoose(v), 2)
+    rounded, _ = chosen(half, prepare_phatgoose(v.float()), 2)
+    again, _ = chosen(half.double(), prepare_phatgoose(v), 2)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded.double(), again, rtol=1e-4, atol=1e-6)
 
@@ -75,14 +92,14 @@ def test_fp32_and_bf16_tokens_stay_close_to_fp64() -> None:
 def test_shift_and_scale_of_tokens_leave_the_choice() -> None:
     x, v = data()
     prepared = prepare_phatgoose(v)
-    _, index = phatgoose(x, prepared, 3)
-    assert torch.equal(phatgoose(x + 17.0, prepared, 3).index_TK, index)
-    assert torch.equal(phatgoose(x * 5.0, prepared, 3).index_TK, index)
+    _, index = chosen(x, prepared, 3)
+    assert torch.equal(chosen(x + 17.0, prepared, 3).index_TK, index)
+    assert torch.equal(chosen(x * 5.0, prepared, 3).index_TK, index)
 
 
 def test_weights_are_the_softmax_over_the_chosen() -> None:
     x, v = data()
-    weights, index = phatgoose(x, prepare_phatgoose(v), 2)
+    weights, index = chosen(x, prepare_phatgoose(v), 2)
     scores = torch.nn.functional.layer_norm(x, x.shape[-1:]) @ prepare_phatgoose(v).t()
     torch.testing.assert_close(weights, scores.gather(1, index).softmax(1), rtol=0, atol=4e-6)
     torch.testing.assert_close(weights.sum(1), torch.ones(50, dtype=torch.float64), rtol=0, atol=1e-5)
@@ -91,8 +108,8 @@ def test_weights_are_the_softmax_over_the_chosen() -> None:
 def test_permuting_experts_permutes_the_index() -> None:
     x, v = data()
     order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
-    weights, index = phatgoose(x, prepare_phatgoose(v), 2)
-    permuted = phatgoose(x, prepare_phatgoose(v[order]), 2)
+    weights, index = chosen(x, prepare_phatgoose(v), 2)
+    permuted = chosen(x, prepare_phatgoose(v[order]), 2)
     torch.testing.assert_close(permuted.weights_TK, weights, rtol=1e-12, atol=1e-14)
     assert torch.equal(order[permuted.index_TK], index)
 
@@ -102,19 +119,18 @@ def test_ties_go_to_the_lower_index() -> None:
     x = torch.randint(1, 4, (50, 8), generator=torch.Generator().manual_seed(0)).double()
     v = torch.ones(40, 8, dtype=torch.float64)
     v[7] = 2.0
-    assert arrow(x, v, 3).index_TK.tolist() == [[7, 0, 1]] * 50
+    assert chosen(x, v, 3, projection=True).index_TK.tolist() == [[7, 0, 1]] * 50
 
 
 def test_absent_experts_are_never_chosen() -> None:
     x, v = data()
     present = torch.tensor([False, True, False, True, True, False, True])
-    weights, index = phatgoose(x, prepare_phatgoose(v), 2, present)
-    alone = phatgoose(x, prepare_phatgoose(v[present]), 2)
+    weights, index = chosen(x, prepare_phatgoose(v), 2, present)
+    alone = chosen(x, prepare_phatgoose(v[present]), 2)
     assert present[index].all()
     assert torch.equal(present.nonzero()[:, 0][alone.index_TK], index)
     torch.testing.assert_close(weights, alone.weights_TK, rtol=1e-12, atol=1e-12)
-    for kind in ("arrow", "uniform"):
-        routing = router_kind(kind).score(x, v, 2, present)
+    for routing in (chosen(x, v, 2, present, projection=True), uniform(x, v, present)):
         assert (routing.weights_TK * ~present[routing.index_TK]).abs().max() == 0
 
 
@@ -128,7 +144,7 @@ def test_arrow_vector_is_the_top_right_singular_vector(model, new_expert) -> Non
 
 def test_arrow_scores_the_absolute_projection() -> None:
     x, v = data()
-    weights, index = arrow(x, prepare_arrow(v), 2)
+    weights, index = chosen(x, prepare_arrow(v), 2, projection=True)
     scores = (x @ torch.nn.functional.normalize(v, dim=1).t()).abs() / 10
     assert torch.equal(index, scores.topk(2).indices)
     torch.testing.assert_close(weights, scores.topk(2).values.softmax(1), rtol=0, atol=5e-6)
@@ -144,7 +160,7 @@ def test_random_vectors_do_not_depend_on_the_other_experts(equal) -> None:
 
 def test_uniform_is_one_over_n() -> None:
     x, v = data()
-    assert torch.equal(uniform(x, v, 2, None).weights_TK, torch.full((50, 7), 1 / 7, dtype=torch.float64))
+    assert torch.equal(uniform(x, v).weights_TK, torch.full((50, 7), 1 / 7, dtype=torch.float64))
 
 
 def test_unknown_router_and_missing_gates(equal, model, new_expert) -> None:
@@ -152,3 +168,26 @@ def test_unknown_router_and_missing_gates(equal, model, new_expert) -> None:
         router_kind("fatgoose")
     with pytest.raises(RecipeError, match=r"CFG-022.*eel has no gates"):
         gate_vectors(equal.add(new_expert(model, "eel", gates=False)))
+
+
+def test_phatgoose_mean_scores_by_both_in_equal_parts(mixed) -> None:
+    """v = layernorm(gate) + layernorm(mean), whatever the lengths of the two, and of no other expert."""
+    means = {e.name: {s: torch.randn(v.shape) + 3 for s, v in e.gates.items()} for e in mixed}
+    held = mixed.with_gates({e.name: e.gates for e in mixed}, means)
+    vectors = phatgoose_mean_vectors(held)
+    for expert in held:
+        for site, gate in expert.gates.items():
+            g, m = gate.double(), means[expert.name][site].double()
+            wanted = (g - g.mean()) / g.std(correction=0) + (m - m.mean()) / m.std(correction=0)
+            torch.testing.assert_close(vectors[site][expert.name].double(), wanted, rtol=1e-3, atol=1e-3)
+            assert torch.equal(mean_vectors(held)[site][expert.name], means[expert.name][site])
+    scaled = held.with_gates(
+        {e.name: {s: 1000 * v for s, v in e.gates.items()} for e in mixed},
+        {name: {s: 50 * v for s, v in of.items()} for name, of in means.items()},
+    )
+    alone = held.restrict([held.names[-1]])
+    for site, of_expert in phatgoose_mean_vectors(scaled).items():
+        for name, vector in of_expert.items():
+            torch.testing.assert_close(vector, vectors[site][name], rtol=1e-3, atol=1e-3)
+            if name in alone:
+                assert torch.equal(phatgoose_mean_vectors(alone)[site][name], vectors[site][name])

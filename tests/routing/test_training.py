@@ -71,6 +71,11 @@ def randomise(module: TrainableExperts) -> TrainableExperts:
     return module
 
 
+def row_losses(model, batch) -> torch.Tensor:
+    """Summed over each row [B], of the model as it stands."""
+    return losses.head_losses(model, *losses.hidden_and_head(model, inputs(batch)), batch.labels_BT).sum(1)
+
+
 def test_all_experts_together_equal_separate_runs(new_model) -> None:
     batches = [rows([0, 2, 1, 0, 1, 2], seed=s) for s in range(4)]
     together = experts_of(new_model())
@@ -106,7 +111,7 @@ def test_fresh_experts_equal_the_base_and_trained_ones_the_attached_model(new_mo
     library = ExpertLibrary(module.experts(trained))
     attach(model, library, "oracle")
     with assign_rows(model, list(NAMES)):
-        sums = losses.token_losses(model, inputs(batch), batch.labels_BT).sum(1)
+        sums = row_losses(model, batch)
     torch.testing.assert_close(sums, during, rtol=1e-5, atol=1e-4)
     assert library["ant"].card.targets == (
         "down_proj",
@@ -223,7 +228,7 @@ def test_gate_is_half_at_step_zero_and_moves_only_if_b_is_not_zero(new_model, mi
 
     attach(model, ExpertLibrary(half), "oracle")
     with assign_rows(model, [0, 1, 2, 3]):
-        want = losses.token_losses(model, inputs(batch), batch.labels_BT).sum(1)
+        want = row_losses(model, batch)
     torch.testing.assert_close(sums, want, rtol=1e-5, atol=1e-4)
     silent = [
         dataclasses.replace(

@@ -88,6 +88,7 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert "<script" in (whole / "report.html").read_text()
     table = (whole / "stages" / "evaluate" / "result" / "results.md").read_text()
     assert all(arm in table for arm in ("base", "expert:digits", "oracle", "random", "merged", "arrow", "phatgoose"))
+    assert "| phatgoose_mean |" in table and "| average_activation |" in table
     assert (whole / "logs" / "rank1.log").is_file()
     evaluated = whole / "stages" / "evaluate" / "result"
     thoughts = (evaluated / "thoughts.md").read_text()

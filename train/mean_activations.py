@@ -1,0 +1,44 @@
+"""Mean activations of every expert, taken once when gates are trained: what the routers `average_activation` and
+`phatgoose_mean` score with. Called by train/stages.py and benchmarks/gate_ablation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..routing.library import ExpertLibrary
+from ..routing.model import attach, detach
+from ..routing.routers import SiteVectors
+from ..routing.statistics import average_activation
+from .base_models import LoadedBase
+from .data.attention import model_inputs
+from .data.build import build_step_data
+from .recipe import DataSettings, SourceSettings, TrainSettings
+
+ROWS = 32
+"""Packed rows of each expert's training text that are read."""
+
+
+def mean_activations(
+    base: LoadedBase,
+    library: ExpertLibrary,
+    sources: Mapping[str, SourceSettings],
+    data: DataSettings,
+    seed: int,
+    device: torch.device,
+) -> SiteVectors:
+    """Site -> expert -> fp32 [d_in]: the mean input of the site over the expert's own packed training rows (prompt and
+    completion), that expert active on every token. Leaves the base plain."""
+    train = TrainSettings(steps=1, rows_per_expert=ROWS, micro_rows=ROWS)
+    attach(base.model, library, "uniform", 1)
+    batches: dict[str, list[tuple[Mapping[str, Any], torch.Tensor]]] = {}
+    for name in library.names:
+        rows = build_step_data({name: sources[name]}, base.tokenizer, data, train, seed)
+        batch = rows.step(0).micro[0].to(device)
+        batches[name] = [(model_inputs(batch, base.attention, base.model.dtype), batch.segment_BT > 0)]
+    means = average_activation(base.model, batches)
+    detach(base.model)
+    return means
