@@ -80,7 +80,6 @@ def test_merged_zero2_is_golden() -> None:
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
         "dump_state": False,
-        "comms_logger": {"enabled": False},
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "train_micro_batch_size_per_gpu": 2,
@@ -89,6 +88,16 @@ def test_merged_zero2_is_golden() -> None:
         "gradient_clipping": 0.0,
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
+
+
+def test_collectives_are_timed_only_if_asked() -> None:
+    """DeepSpeed's own reading of the configuration: for it the mere presence of the block is "on"."""
+    from deepspeed.comm.config import DeepSpeedCommsConfig
+
+    for asked, expected in (({}, False), ({"enabled": False}, False), ({"enabled": True}, True)):
+        given = {**load_strategy("zero2"), **({"comms_logger": asked} if asked else {})}
+        merged = merge(given, micro_rows=1, micro_count=1, world_size=2, trainable=1000)
+        assert DeepSpeedCommsConfig(merged).comms_logger_enabled is expected
 
 
 def test_one_process_overlaps_nothing() -> None:
