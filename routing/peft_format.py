@@ -7,6 +7,7 @@ Callers: train/stages.py, train/export.py.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from .sites import Site, target_names
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+HUB_COMMIT = re.compile(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}")
 
 
 def load_peft(folder: Path, name: str, sites: Sequence[Site]) -> Expert:
@@ -58,8 +60,10 @@ def load_peft(folder: Path, name: str, sites: Sequence[Site]) -> Expert:
 
 
 def save_peft(expert: Expert, folder: Path, base_id: str | None) -> None:
-    """Write `expert` as a PEFT adapter of the base `base_id`, fp32, both files whole or absent."""
+    """Write `expert` as a PEFT adapter of the base `base_id`, fp32, both files whole or absent. The commit of a hub id
+    (`owner/name@commit`) goes to PEFT's `revision`, so that AutoPeftModel finds the base."""
     card = expert.card
+    base, _, commit = base_id.partition("@") if base_id and HUB_COMMIT.fullmatch(base_id) else (base_id, "", "")
     if card.rank_pattern or card.alpha_pattern:
         card = _common_first(expert)
     config = LoraConfig(
@@ -71,7 +75,8 @@ def save_peft(expert: Expert, folder: Path, base_id: str | None) -> None:
         alpha_pattern={site: _plain_number(alpha) for site, alpha in card.alpha_pattern.items()},  # type: ignore[misc]
         task_type=TaskType.CAUSAL_LM,
         inference_mode=True,
-        base_model_name_or_path=base_id,
+        base_model_name_or_path=base,
+        revision=commit or None,
     )
     values = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     tensors = {}

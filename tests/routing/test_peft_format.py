@@ -277,3 +277,22 @@ def test_any_configuration_is_read_or_refused_with_a_code(tmp_path_factory, chan
     (folder / CONFIG).write_text(json.dumps({**values, **change}))
     with pytest.raises(QuietGooseError, match=r"QG-(SEC-004|EXP-001)"):
         load_peft(folder, "ant", [])
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "revision"),
+    [
+        ("owner/some-model@" + "0af1" * 10, "owner/some-model", "0af1" * 10),
+        ("owner/some-model", "owner/some-model", None),
+        ("/models/mine@home", "/models/mine@home", None),
+        (None, None, None),
+    ],
+)
+def test_peft_finds_the_base_at_its_commit(model, new_expert, tmp_path, base, name, revision) -> None:
+    """AutoPeftModel asks the hub for `base_model_name_or_path` at `revision`; a hub id holds no commit."""
+    from peft import PeftConfig
+
+    save_peft(new_expert(model, "ant"), tmp_path, base)
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert (config.base_model_name_or_path, config.revision) == (name, revision)
+    assert load_peft(tmp_path, "ant", all_sites(model)).name == "ant"
