@@ -4,7 +4,8 @@ The loss of a step is sum_e sum_E[e] / count_E[e] over all ranks and micro-batch
 world size, accumulation or ZeRO stage. Per step there is ONE collective beside DeepSpeed's: a float64 vector (verdict.py)
 with the loss sums, the squared gradient norm of every group, the caller's flags and the job's statistics. From it every
 rank decides alike whether the step is finite, how each group is clipped (clipping is per group: N experts together equal
-N separate runs), and whether somebody asked to stop. On a GPU no step waits for the device: `submit` and `report`.
+N separate runs), and whether somebody asked to stop. On a GPU the engine itself never waits for the device at ZeRO 0 to 2
+without offload (`submit` and `report`); ZeRO-3 and offload do, and so do thoughts, in their rollouts.
 
 Called by train/loop.py; checkpoints go through train/checkpoint.py and train/state.py.
 """
@@ -165,6 +166,8 @@ class Engine:
         self._hidden: list[tuple[Tensor, Tensor | None]] = []
         self._bad = False
         self.average, self.averaged = state.start_average(self)
+        if self.stage == 0 and self.shard.size == 1:
+            self.deepspeed.enable_backward_allreduce = False  # it would copy all gradients into a bucket and back
         if self.stage > 0:
             zero = self.deepspeed.optimizer
             zero.check_grad_overflow = True
@@ -180,7 +183,7 @@ class Engine:
         return self.report(self.submit(batch, flags))
 
     def submit(self, batch: StepBatch, flags: Callable[[], Sequence[float]] = tuple) -> Pending:
-        """The step, given to the device; `report` says how it went. With `lag` 0 it is over when this returns."""
+        """The step, given to the device; `report` says how it went, at most `lag` steps later."""
         pending = Pending(batch, time.monotonic(), learning_rate(self.optimizer_settings, batch.step, self.total_steps))
         if len(batch.micro) != self.micro_count:
             raise DataError(
@@ -193,7 +196,7 @@ class Engine:
             self.job.take_average(self.read_average)  # type: ignore[operator]
         pending.local, vector = self._agree(*self._backward(batch), flags())
         limit = self.optimizer_settings.clip
-        if self.lag:
+        if self._device_decides:
             self.adamw.found_inf, self._coefficients = self.layout.on_device(vector, limit)  # type: ignore[attr-defined]
             pending.hold(vector)
         else:
@@ -234,10 +237,14 @@ class Engine:
         self.fault = f"step {pending.step}: not finite: {'; '.join(parts) or 'only the sum over ranks'}"
 
     @property
+    def _device_decides(self) -> bool:
+        """Whether AdamW skips a bad step by a flag on the device, so that the host need not know."""
+        return self._fused and self.stage < 3
+
+    @property
     def lag(self) -> int:
-        """How many submitted steps may wait for their report, because the device acts on the verdict alone: 1 where the host
-        need not know it, else 0."""
-        return int(self._fused and self.stage < 3 and self.average is None and not hasattr(self.job, "resting"))
+        """How many submitted steps may wait for their report: 1 where the device works on while the host goes on, else 0."""
+        return int(self._device_decides and self.device.type == "cuda")
 
     def _empty(self, pending: Pending, flags: Sequence[float]) -> Pending:
         """A step with nothing to learn: the counts alone tell every rank, only the flags are exchanged. Collective."""
@@ -294,8 +301,8 @@ class Engine:
             self.deepspeed.zero_grad()
             return
         self.deepspeed.step()
-        if self.average is not None and not self._bad:
-            self.average.update(self.applied)
+        if self.average is not None:
+            self.average.update(self.adamw.found_inf if self._device_decides else float(self._bad))  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ gradients
 
@@ -328,7 +335,7 @@ class Engine:
         settings = self.optimizer_settings
         zero = self.config["zero_optimization"]
         offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-        self._fused = self.device.type == "cuda" and not offloaded
+        self._fused = not offloaded
         adamw = torch.optim.AdamW(
             [
                 {"name": str(group["name"]), "params": list(group["params"]), "lr_scale": group.get("lr_scale", 1.0)}

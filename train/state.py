@@ -133,6 +133,8 @@ def scatter(engine: Engine, tensors: Mapping[str, Tensor], applied: int) -> None
             source = tensors[f"{kind}/{name}"].reshape(-1).narrow(0, piece.start, piece.numel)
             piece.view(target.data).copy_(source)
     engine.applied = applied
+    if engine.average is not None:
+        engine.average.resume(applied)
     _refresh_weights(engine)
 
 

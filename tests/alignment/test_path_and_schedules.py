@@ -94,10 +94,19 @@ def test_the_average_is_the_recursion_and_its_ramp() -> None:
     want = weight.clone()
     for step in range(12):
         weight.add_(torch.randn(5))
-        average.update(step)
-        decay = min(0.9, (1 + step) / (10 + step))
+        bad = step in (3, 7)
+        average.update(torch.tensor(float(bad)) if step < 5 else float(bad))  # known to the device alone, or here
+        if bad:
+            continue
+        applied = step - (step > 3) - (step > 7)
+        decay = min(0.9, (1 + applied) / (10 + applied))
         want = decay * want + (1 - decay) * weight
     assert torch.allclose(average.of(weight), want, atol=1e-5)
     assert torch.equal(average.of(other), other)
-    assert decay_at(AverageSettings(ramp=False), 0) == 0.9999
-    assert decay_at(AverageSettings(), 100_000) == 0.9999
+    again = ShardedAverage(settings, [weight])
+    again.resume(10)
+    weight.add_(1.0)
+    again.update()
+    assert torch.allclose(again.of(weight), weight - min(0.9, 11 / 20), atol=1e-5)
+    assert decay_at(AverageSettings(ramp=False), torch.tensor(0.0).double()) == 0.9999
+    assert decay_at(AverageSettings(), torch.tensor(100_000.0).double()) == 0.9999

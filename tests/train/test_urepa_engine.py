@@ -57,7 +57,7 @@ def plain(
         for name, value in zip(job.names, (sums / batch.count_E).tolist()):
             seen[name].append(value)
         seen["total"].append(total)
-        decay = decay_at(job.settings.average, step)
+        decay = float(decay_at(job.settings.average, torch.tensor(float(step), dtype=torch.float64)))
         for name, parameter in job.backbone.named_parameters():
             mine = averages[f"average/backbone.{name}"]
             mine.mul_(decay).add_(parameter.detach(), alpha=1 - decay)
