@@ -5,6 +5,7 @@ Used by train/recipe_images.py; the numbers are explained in docs/images.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -97,6 +98,6 @@ def check_sampler(settings: SamplerSettings, name: str) -> list[str]:
         found.append(f"{name}.guidance_low, guidance_high: {low}, {high}; allowed are 0 <= low <= high <= 1")
     if not 0.0 < settings.last < 1.0:
         found.append(f"{name}.last: {settings.last}; above 0, below 1")
-    if settings.guidance < 0:
+    if not 0 <= settings.guidance < math.inf:
         found.append(f"{name}.guidance: {settings.guidance}; at least 0; 1 is no guidance")
     return found

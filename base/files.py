@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import NameRefused, SecurityError
+from .errors import NameRefused, SecurityError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,38 @@ def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_writable(path: Path, option: str, *, folder: bool = False) -> None:
+    """StorageError IO-010, whose text begins with `option`, unless a file can be written at `path` (`folder`: files in it).
+
+    Tried for real and before long work: a file without a name is opened where the first one would go, in the nearest folder
+    that is there. Nothing is left behind, and folders that are missing are not made.
+    """
+    with storing(option):
+        if path.exists() and path.is_dir() != folder:
+            raise OSError(f"{path} is {'no folder' if folder else 'a folder'}")
+        place = path if folder else path.parent
+        while not place.exists():
+            place = place.parent
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(place)) from error
+
+
+@contextmanager
+def storing(option: str) -> Iterator[None]:
+    """StorageError IO-010, whose text begins with `option`, for an OSError within."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{option}: cannot be written there ({_reason(error)})", code="IO-010") from error
+
+
+def _reason(error: OSError) -> str:
+    where = f": {error.filename}" if isinstance(error.filename, str) else ""
+    return f"{error.strerror}{where}" if error.strerror else str(error)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

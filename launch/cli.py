@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from quietgoose.base.errors import ExitCode, QuietGooseError, RecipeError, suggest
+from quietgoose.base.files import check_writable
+from quietgoose.launch.command import spelt_settings
 from quietgoose.train.redaction import install_excepthook
 from quietgoose.train.settings import exit_with
 
@@ -33,6 +35,7 @@ def train(argv: Sequence[str]) -> int:
         start = rest.index("--launcher")
         end = rest.index("--", start) if "--" in rest[start:] else len(rest)
         launcher, rest = rest[start + 1 : end], rest[:start] + rest[end + 1 :]
+    rest = spelt_settings(rest)
     command = parse_command(rest)
     if own.processes is not None and own.processes < 1:
         raise RecipeError(f"--processes {own.processes}: at least 1", code="CFG-003")
@@ -41,6 +44,7 @@ def train(argv: Sequence[str]) -> int:
 
         show_plan(command.recipe, own.processes or 1, [word for word in rest if word != "--dry_run"])
         return 0
+    check_writable(Path(command.recipe.output), f"output: {command.recipe.output}", folder=True)
     from quietgoose.train.compare_settings import outcome_folder
     from quietgoose.train.launcher import launch
 

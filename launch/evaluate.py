@@ -50,7 +50,7 @@ def evaluate(
         model: the exported folder (quietgoose.json stands in it)
         tasks: a task folder, or a folder of task folders
         out: the JSON file to write; the Markdown and CSV tables go beside it
-        router: phatgoose, arrow, random or uniform; the exported one by default
+        router: phatgoose, phatgoose_mean, average_activation, arrow, random or uniform; the exported one by default
         arms: rows of the table; by default the plain base and the router
         k: experts a token; the exported number by default
         base: where the base model is found, if not where the export says

@@ -11,7 +11,6 @@ are read and no code that comes with a model is run.
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import time
@@ -20,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
-from quietgoose.base.errors import DataError, QuietGooseError, RecipeError
+from quietgoose.base.errors import DataError, RecipeError
+from quietgoose.base.files import check_writable, storing
+from quietgoose.launch.command import run_command
 from quietgoose.launch.generate_thoughts import (
     Thinking,
     add_traces,
@@ -35,6 +35,7 @@ from quietgoose.launch.generate_thoughts import (
 KVCache = Literal["zipcache", "dynamic", "static"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BARE = {"json": "true", "show_thoughts": "true", "thoughts": "trained"}  # what an option without a value stands for
+SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,14 @@ def generate(
         thoughts, think_at, thought_samples, thought_temperature, show_thoughts, thoughts_html, seed
     )  # fmt: skip
     wanted = _checked(kv_cache, kv_policy, max_new_tokens, temperature, num_return_sequences, thinking)
+    if not SEEDS[0] <= seed <= SEEDS[1]:
+        raise RecipeError(f"--seed {seed}: {SEEDS[0]} to {SEEDS[1]}", code="CFG-080")
     texts = _read_prompts(prompt, prompts)
-    where = _device(device)
+    if thinking is not None and thinking.page is not None:
+        check_writable(thinking.page, f"--thoughts-html {thoughts_html}")
+    from quietgoose.base.devices import usable_device
+
+    where = str(usable_device(device, "--device"))
     loaded, tokenizer = _load(model, where, dtype, thinks=thinking is not None)
     if thinking is not None:
         check_thinks(loaded, model)
@@ -130,7 +137,8 @@ def generate(
             print_thoughts(answer.thoughts or [])
             _print_facts(answer)
     if thinking is not None and thinking.page is not None:
-        write_page(thinking, loaded, model)
+        with storing(f"--thoughts-html {thoughts_html}"):
+            write_page(thinking, loaded, model)
         print(f"{thinking.page}: open it in a browser", file=sys.stderr)
     if json:
         print(_json({"model": model, "device": where, "seed": seed, "answers": [a.to_dict() for a in answers]}))
@@ -138,27 +146,7 @@ def generate(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of the error, whose text goes to stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        auto_cli(generate, args=_options(arguments), as_positional=False)
-    except QuietGooseError as error:
-        print(error, file=sys.stderr)
-        return int(error.exit_code)
-    return 0
-
-
-def _options(words: list[str]) -> list[str]:
-    """Our options as jsonargparse knows them: --kv-cache is --kv_cache, a bare --json is --json=true (BARE)."""
-    names = inspect.signature(generate).parameters
-    found = []
-    for word, following in zip(words, [*words[1:], "--"]):
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if word.startswith("--") and name in names:
-            bare = name in BARE and not equals and (name != "thoughts" or following.startswith("--"))
-            word = f"--{name}={BARE[name]}" if bare else f"--{name}{equals}{value}"
-        found.append(word)
-    return found
+    return run_command(generate, argv, BARE)
 
 
 def _checked(
@@ -192,7 +180,11 @@ def _read_prompts(prompt: str | None, file: str | None) -> list[str]:
     if not path.is_file():
         raise DataError(f"--prompts {file}: no such file", code="DATA-030")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            line = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}:{number}: no UTF-8 ({error}); save the file as UTF-8", code="DATA-031") from error
         if line.strip():
             found.append(_prompt_of(line, f"{file}:{number}"))
     if not found:
@@ -210,26 +202,15 @@ def _prompt_of(line: str, place: str) -> str:
     return row["prompt"]
 
 
-def _device(wanted: str) -> str:
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(wanted).type
-    except RuntimeError as error:
-        raise RecipeError(f"--device {wanted}: allowed are auto, cpu, cuda, cuda:1, ...", code="CFG-082") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"--device {wanted}: there is no GPU that PyTorch sees; use cpu", code="CFG-082")
-    return wanted
-
-
 def _load(model: str, device: str, dtype: str, *, thinks: bool) -> tuple[Any, Any]:
     """(model in eval mode on the device, tokenizer)."""
     import torch
+    from quietgoose.train.export_manifest import IMAGES, MANIFEST, kind_of, parse_manifest, run_folder_hint
 
     folder = Path(model).expanduser()
-    if (folder / "quietgoose.json").is_file():
+    if (folder / MANIFEST).is_file():
+        if kind_of(parse_manifest(folder)) == IMAGES:
+            raise RecipeError(f"--model {model}: draws images; use launch/sample.py", code="CFG-083")
         from quietgoose.train.export import load, load_tokenizer
 
         loaded = load(folder, device=device, thoughts=True if thinks else None)
@@ -237,6 +218,8 @@ def _load(model: str, device: str, dtype: str, *, thinks: bool) -> tuple[Any, An
         return (loaded if dtype == "auto" else loaded.to(getattr(torch, dtype))).eval(), tokenizer
     if not folder.is_dir():
         raise RecipeError(f"--model {model}: no such folder; an export or a Hugging Face folder", code="CFG-083")
+    if hint := run_folder_hint(folder):
+        raise RecipeError(f"--model {hint}", code="CFG-083")
     from quietgoose.train.base_models import load_base
     from quietgoose.train.recipe import BaseSettings
 

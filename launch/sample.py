@@ -9,14 +9,16 @@ PNG for every image. Only safetensors are read. Called as `quietgoose sample` to
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
-from quietgoose.base.errors import QuietGooseError, RecipeError
+from quietgoose.base.errors import RecipeError
+from quietgoose.base.files import check_writable, storing, write_atomic
+from quietgoose.launch.command import run_command
 
 Method = Literal["euler", "heun", "sde"]
 
@@ -53,14 +55,20 @@ def sample(
     """
     if count < 1 or columns < 1:
         raise RecipeError(f"--count {count}, --columns {columns}: at least 1", code="CFG-094")
-    if not (Path(model).expanduser() / "quietgoose.json").is_file():
-        raise RecipeError(f"--model {model}: no quietgoose.json there; give an exported folder", code="CFG-083")
-    from quietgoose.launch.generate import _device
+    target = Path(out).expanduser()
+    if target.suffix not in ("", ".png", ".npz"):
+        raise RecipeError(f"--out {out}: FILE.png, FILE.npz or a folder", code="CFG-094")
+    check_writable(target, f"--out {out}", folder=not target.suffix)
+    from quietgoose.base.devices import usable_device
     from quietgoose.train.export import load
+    from quietgoose.train.export_manifest import IMAGES, MANIFEST, kind_of, parse_manifest, why_no_export
 
-    drawing = load(Path(model).expanduser(), device=_device(device))
-    if not hasattr(drawing, "sample"):
+    folder = Path(model).expanduser()
+    if not (folder / MANIFEST).is_file():
+        raise RecipeError(f"--model {why_no_export(folder)}", code="CFG-083")
+    if kind_of(parse_manifest(folder)) != IMAGES:
         raise RecipeError(f"--model {model}: exports a language model; use launch/generate.py", code="CFG-083")
+    drawing = load(folder, device=usable_device(device, "--device"))
     if sampler is not None:
         if sampler not in drawing.samplers:
             raise RecipeError(f"--sampler {sampler}: the export has {', '.join(drawing.samplers)}", code="CFG-094")
@@ -70,22 +78,22 @@ def sample(
     started = time.perf_counter()
     images = drawing.sample(count, wanted, seed=seed, guidance=guidance, steps=steps, method=method, batch=batch)
     seconds = time.perf_counter() - started
-    _write(Path(out).expanduser(), drawing, images, drawing.labels(count, wanted), columns)
+    with storing(f"--out {out}"):
+        _write(target, drawing, images, drawing.labels(count, wanted), columns)
     print(f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} a second)", file=sys.stderr)
 
 
 def _write(out: Path, drawing: Any, images: Any, labels: Any, columns: int) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         import numpy as np
 
-        np.savez_compressed(out, images=images.numpy(), labels=labels.numpy(), classes=np.array(drawing.classes))
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, images=images.numpy(), labels=labels.numpy(), classes=np.array(drawing.classes))
+        write_atomic(out, buffer.getvalue())
     elif out.suffix == ".png":
         from quietgoose.train.image_grid import save_png
 
         save_png(drawing.grid(images, columns), out)
-    elif out.suffix:
-        raise RecipeError(f"--out {out}: FILE.png, FILE.npz or a folder", code="CFG-094")
     else:
         from quietgoose.train.image_grid import save_image
 
@@ -95,16 +103,7 @@ def _write(out: Path, drawing: Any, images: Any, labels: Any, columns: int) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of the error, whose text goes to stderr."""
-    arguments = [
-        word.replace("-", "_").replace("__", "--", 1) if word.startswith("--") and "=" not in word else word
-        for word in (sys.argv[1:] if argv is None else argv)
-    ]
-    try:
-        auto_cli(sample, args=arguments, as_positional=False)
-    except QuietGooseError as error:
-        print(error, file=sys.stderr)
-        return int(error.exit_code)
-    return 0
+    return run_command(sample, argv)
 
 
 if __name__ == "__main__":

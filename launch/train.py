@@ -12,8 +12,11 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from quietgoose.base.errors import QuietGooseError
+from quietgoose.base.files import check_writable
+from quietgoose.launch.command import spelt_settings
 from quietgoose.train.redaction import install_excepthook
 from quietgoose.train.settings import exit_with, parse_command
 
@@ -27,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
             if rank != 0:  # --help and --print_config print once
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
+            arguments = spelt_settings(arguments)
             command = parse_command(arguments)
         if command.dry_run:
             if rank == 0:
@@ -35,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 world = int(os.environ.get("WORLD_SIZE", "1"))
                 show_plan(command.recipe, world, [word for word in arguments if word != "--dry_run"])
             return 0
+        check_writable(Path(command.recipe.output), f"output: {command.recipe.output}", folder=True)
     except QuietGooseError as error:
         return exit_with(error, rank)
     from quietgoose.train.pipeline import run

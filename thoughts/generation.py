@@ -1,7 +1,8 @@
 """`model.generate(..., thoughts=...)` for a Hugging Face causal LM that has learned to think.
 
     attach_thoughts(model, ThoughtState(parameters, config))       # quietgoose.load does it for an export with thoughts
-    model.generate(**inputs, thoughts=True)                        # T as trained, greedy thoughts, before every new token
+    model.generate(**inputs, thoughts=True)                        # T as trained, greedy thoughts, before every new token;
+                                                                   # inputs of another device move to the model's
     model.generate(**inputs, thoughts=ThoughtGeneration(think_at="entropy>1.5", return_thoughts=True))
 
 Prompt handling, logits processors, stopping criteria, eos, streamers, left padding and caches are those of transformers:
@@ -31,6 +32,7 @@ from .gate import Gate, ThinkAt
 from .parameters import ThoughtParameters, ThoughtTensors
 from .thinking import Pending, StepThoughts, Thinker
 
+ROWS = ("inputs", "input_ids", "attention_mask", "position_ids")
 TEXT_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
 
@@ -175,10 +177,24 @@ def _generate(self: Any, *inputs: Any, thoughts: Any = None, **options: Any) -> 
             raise RecipeError(f"generate(thoughts=...) does not go with {name}; leave it out", code="CFG-094")
     state: ThoughtState = self.thought_state
     state.check()
+    inputs = tuple(_there(value, self.device) for value in inputs)
+    options = {name: _there(value, self.device) for name, value in options.items()}
     restore(self)  # a training pass or scoring may have left its attention there, which a ZipCache does not know
     # transformers hands a decoding method neither the streamer nor what it was not asked for by name
     decode = partial(_decode, state=state, settings=settings, streamer=options.get("streamer"))
-    return plain(self, *inputs, custom_generate=decode, **options)
+    # its own loop moves what a forward reads before each forward; here the rows stay where the model is
+    here = [_moved(value, self.device) for value in inputs]
+    options |= {name: _moved(options[name], self.device) for name in ROWS if name in options}
+    return plain(self, *here, custom_generate=decode, **options)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _there(value: Any, device: torch.device) -> Any:
+    """A tensor on the model's device, as a tokenizer's output rarely is: transformers moves inputs in its own loop only."""
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _decode(

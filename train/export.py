@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,23 +21,23 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base.devices import usable_device
 from ..base.errors import ArtifactError, RecipeError, suggest
-from ..base.files import inside, read_json, safe_name, sha256_file, write_atomic, write_json
+from ..base.files import check_writable, inside, safe_name, sha256_file, write_atomic, write_json
 from ..routing.gates_format import load_gates, save_gates
 from ..routing.library import ExpertLibrary
 from ..routing.merge import mean_of_products
 from ..routing.model import attach
 from ..routing.peft_format import load_peft, save_peft
+from ..routing.routers import KINDS
 from ..routing.sites import Site, all_sites
 from .base_models import LoadedBase, load_base
+from .export_manifest import FORMAT, GATES, IMAGES, MANIFEST, OWN_BASE, check_tokenizer_files, kind_of, read_manifest
 from .recipe import BaseSettings, RouterSettings
 from .thought_model import Thinking, attach_below, hidden_size, put_thinking, read_thinking, save_thinking
-from .thought_settings import BASE, ROUTED, ROUTERS
+from .thought_settings import BASE, ROUTED
 
-MANIFEST = "quietgoose.json"
 THINKING = "thinking"
-IMAGES = "images"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ def export_model(
         target = folder / "experts" / safe_name(expert.card.name)
         save_peft(expert, target, base_id=base.id)
     if len(experts):
-        save_gates(experts, folder / "gates.safetensors")
+        save_gates(experts, folder / GATES)
     if thinking is not None:
         save_thinking(thinking, folder / THINKING, base.id)
     base.tokenizer.save_pretrained(folder)
     if base_folder is not None:
-        shutil.copytree(base_folder, folder / "base")
+        shutil.copytree(base_folder, folder / OWN_BASE)
     write_atomic(folder / "README.md", _card(base, experts, router, provenance, thinking))
     files = {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {
         "format": FORMAT,
         "base": {
-            "id": "base" if base_folder is not None else base.id,
+            "id": OWN_BASE if base_folder is not None else base.id,
             "sha256": base.sha256,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "notes": base.notes,
@@ -107,24 +107,27 @@ def load(
     export of a U-Net opens as an ImageSampler (train/export_images.py), for which `device` is the only option.
 
     base       overrides where the base model is found (its hash must be the one recorded)
-    router     one of phatgoose, arrow, random, uniform; default: the exported one
-    k          experts a token; default: the exported one
+    router     one of phatgoose, phatgoose_mean, average_activation, arrow, random, uniform; default: the exported one
+    k          experts a token, from 1 to as many as there are; default: the exported one (all, if there are fewer)
     experts    restrict the model to these, in this order
     attention  Hugging Face's name of the attention implementation
     thoughts   True: the model as its thoughts were trained, `model.generate(thoughts=True)` thinks, `model.thought_state`
                holds START, END and head; False: without; default: if the exported model is what they were trained over
                (router, k and experts as exported)
 
-    Raises ArtifactError EXP-002..EXP-006 if a file is missing, changed or foreign, or the base is another one.
+    Raises ArtifactError EXP-002..EXP-006 if a file is missing, changed or foreign, or the base is another one; RecipeError
+    CFG-009, CFG-030, CFG-031, CFG-082 for options that this export or machine does not have.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
+    where = usable_device(device)
     manifest = read_manifest(folder)
-    if manifest.get("kind") == IMAGES:
-        return _image_sampler(folder, manifest, device, base, router, k, experts, thoughts)
-    loaded = _load_base(folder, manifest["base"], base, attention, device)
-    model = cast(PreTrainedModel, loaded.model)
+    if kind_of(manifest) == IMAGES:
+        return _image_sampler(folder, manifest, where, base, router, k, experts, thoughts)
     changed = any(option is not None for option in (router, k, experts))
     wanted = _wants_thoughts(manifest, thoughts, changed)
+    check_routing(manifest, router, k, experts)
+    loaded = _load_base(folder, manifest["base"], base, attention, where)
+    model = cast(PreTrainedModel, loaded.model)
     if wanted:
         return _with_thoughts(model, folder, manifest)
     if not manifest["experts"]:
@@ -132,17 +135,29 @@ def load(
     library = read_library(folder, manifest, all_sites(model))
     if experts is not None:
         library = library.restrict(experts)
-    name = router or manifest["router"]["name"]
-    if name not in ROUTERS:
-        raise RecipeError(
-            f"router={name!r}: allowed are {', '.join(ROUTERS)}.{suggest(name, ROUTERS)}",
-            code="CFG-030",
-        )
-    attach(model, library, name, k or manifest["router"]["k"])
+    attach(model, library, router or manifest["router"]["name"], manifest["router"]["k"] if k is None else k)
     return model
 
 
-def _image_sampler(folder: Path, manifest: Mapping[str, Any], device: Any, *language: Any) -> Any:
+def check_routing(
+    manifest: Mapping[str, Any], router: str | None, k: int | None, experts: Sequence[str] | None = None
+) -> None:
+    """Whether a language model's export can be routed so. RecipeError CFG-009 (k), CFG-030 (router), CFG-031 (no experts)."""
+    if not manifest["experts"]:
+        if any(option is not None for option in (router, k, experts)):
+            raise RecipeError("this export has no experts; leave router, k and experts out", code="CFG-031")
+        return
+    name = manifest["router"]["name"] if router is None else router
+    if name not in KINDS:
+        raise RecipeError(
+            f"router={name!r}: allowed are {', '.join(KINDS)}.{suggest(str(name), list(KINDS))}", code="CFG-030"
+        )
+    count = len(manifest["experts"] if experts is None else experts)
+    if k is not None and (type(k) is not int or not 1 <= k <= count):
+        raise RecipeError(f"k={k!r}: there are {count} experts, so a whole number from 1 to {count}", code="CFG-009")
+
+
+def _image_sampler(folder: Path, manifest: Mapping[str, Any], device: torch.device, *language: Any) -> Any:
     """RecipeError CFG-031 if an option of language models is given."""
     if any(option is not None for option in language):
         raise RecipeError(
@@ -180,51 +195,38 @@ def _with_thoughts(model: PreTrainedModel, folder: Path, manifest: Mapping[str, 
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an export; read after its hashes were checked."""
+    """The tokenizer of an export; read after its hashes were checked. RecipeError CFG-031 if the export draws images."""
     from transformers import AutoTokenizer
 
-    read_manifest(Path(path))
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    folder = Path(path).expanduser()
+    manifest = read_manifest(folder)
+    if kind_of(manifest) == IMAGES:
+        raise RecipeError(f"{folder}: draws images, so it has no tokenizer", code="CFG-031")
+    check_tokenizer_files(folder, manifest, ())
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    check_tokenizer_files(folder, manifest, list(type(tokenizer).vocab_files_names.values()))
+    return tokenizer
 
 
 def merge(path: str | Path, out: str | Path) -> Path:
     """Write the static merge (mean of the experts' products) of an export as one plain PEFT adapter in `out`.
 
-    For servers that cannot route per token. It is a different and usually weaker model than the routed one.
+    For servers that cannot route per token. It is a different and usually weaker model than the routed one. StorageError
+    IO-010 if nothing can be written there, RecipeError EXP-007 if something stands there, CFG-031 without experts.
     """
-    folder, target = Path(path), Path(out)
+    folder, target = Path(path).expanduser(), Path(out).expanduser()
+    check_writable(target, f"out={str(out)!r}", folder=True)
     if target.exists() and any(target.iterdir()):
         raise RecipeError(f"{target}: exists and is not empty; choose another folder", code="EXP-007")
     manifest = read_manifest(folder)
+    if kind_of(manifest) == IMAGES:
+        raise RecipeError(f"{folder}: draws images, so it has no experts to merge", code="CFG-031")
     if not manifest["experts"]:
         raise RecipeError(f"{folder}: has no experts to merge", code="CFG-031")
-    loaded = _load_base(folder, manifest["base"], None, "sdpa", "cpu")
+    loaded = _load_base(folder, manifest["base"], None, "sdpa", torch.device("cpu"))
     library = read_library(folder, manifest, all_sites(loaded.model))
     save_peft(mean_of_products(library), target, base_id=loaded.id)
     return target
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """quietgoose.json after every file it names was found with its hash. ArtifactError otherwise."""
-    if not (folder / MANIFEST).is_file():
-        raise ArtifactError(f"{folder}: no {MANIFEST} in it, so it is no quietgoose export", code="EXP-002")
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{folder / MANIFEST}: format is {manifest.get('format')!r}, this version reads {FORMAT}", code="EXP-003"
-        )
-    for name, wanted in manifest["files"].items():
-        file = inside(folder, name)
-        if not file.is_file():
-            raise ArtifactError(f"{file}: named in {MANIFEST} but missing; export again or restore it", code="EXP-004")
-        found = sha256_file(file)
-        if found != wanted:
-            raise ArtifactError(
-                f"{file}: sha256 is {found[:12]}.., {MANIFEST} says {wanted[:12]}..; the file changed after the export. "
-                "Restore it or export again",
-                code="EXP-004",
-            )
-    return manifest
 
 
 def read_library(folder: Path, manifest: Mapping[str, Any], sites: tuple[Site, ...]) -> ExpertLibrary:
@@ -232,15 +234,15 @@ def read_library(folder: Path, manifest: Mapping[str, Any], sites: tuple[Site, .
     experts = [
         load_peft(inside(folder, card["folder"]), safe_name(card["name"]), sites) for card in manifest["experts"]
     ]
-    return load_gates(folder / "gates.safetensors", ExpertLibrary(experts), sites)
+    return load_gates(folder / GATES, ExpertLibrary(experts), sites)
 
 
 def _load_base(
-    folder: Path, wanted: Mapping[str, Any], override: str | None, attention: str, device: Any
+    folder: Path, wanted: Mapping[str, Any], override: str | None, attention: str, device: torch.device
 ) -> LoadedBase:
-    source = override or (str(folder / "base") if wanted["id"] == "base" else wanted["id"])
+    source = override or (str(folder / OWN_BASE) if wanted["id"] == OWN_BASE else wanted["id"])
     settings = BaseSettings(model=source, dtype=wanted["dtype"], attention=attention)  # type: ignore[arg-type]
-    loaded = load_base(settings, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_base(settings, device=device)
     if loaded.sha256 != wanted["sha256"]:
         raise ArtifactError(
             f"base model {source}: its weights hash to {loaded.sha256[:12]}.., the experts were trained on "

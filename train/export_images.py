@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import numbers
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..base.tensor_file import read_tensors
 from .data.images import open_images
 from .data.latents import Autoencoder, decode_latents, load_vae
 from .evaluate_images import SAMPLES
+from .export_manifest import FORMAT, IMAGES, MANIFEST, UNET_WEIGHTS
 from .image_grid import grid_image
 from .image_results import NAME, final_point, read_image_results, table
 from .image_sampling import draw_samples, velocity_of
@@ -42,9 +44,7 @@ from .stages import Context, Writer
 from .stages_images import urepa_settings
 from .unet_folder import UNetCard, fill, read_card
 
-KIND = "images"
-WEIGHTS, VAE, PICTURE = "model.safetensors", "vae", "samples.png"
-MANIFEST, FORMAT = "quietgoose.json", 1
+VAE, PICTURE = "vae", "samples.png"
 
 
 class ImageSampler:
@@ -70,6 +70,11 @@ class ImageSampler:
 
         RecipeError CFG-094 for what cannot be.
         """
+        for name, value in (("n", n), ("seed", seed), ("steps", steps), ("batch", batch)):
+            if value is not None and not _is_whole(value):
+                raise RecipeError(f"{name}: {value!r}; a whole number", code="CFG-094")
+        if guidance is not None and not isinstance(guidance, numbers.Real):
+            raise RecipeError(f"guidance: {guidance!r}; a number", code="CFG-094")
         changes = {"guidance": guidance, "steps": steps, "method": method, "batch": batch}
         settings = dataclasses.replace(self.settings, **{k: v for k, v in changes.items() if v is not None})
         problems = check_sampler(settings, "sample")
@@ -85,12 +90,12 @@ class ImageSampler:
         )  # fmt: skip
 
     def labels(self, n: int, labels: int | str | Sequence[int | str] | Tensor | None = None) -> Tensor:
-        """int64 [n]: what `sample` makes of its argument `labels`."""
+        """int64 [n]: what `sample` makes of its argument `labels`. RecipeError CFG-094 for what is no class."""
         if labels is None:
             return torch.arange(n) % self.card.num_classes
-        if isinstance(labels, Tensor):
-            labels = labels.tolist()
-        wanted = [labels] * n if isinstance(labels, (int, str)) else list(labels)
+        given: Any = labels.tolist() if isinstance(labels, Tensor) else labels
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        wanted = list(given) if several else [given] * n
         if len(wanted) != n:
             raise RecipeError(
                 f"labels: {len(wanted)} for {n} images; give one for all, or one for each", code="CFG-094"
@@ -98,13 +103,15 @@ class ImageSampler:
         return torch.tensor([self._number(label) for label in wanted])
 
     def grid(self, images: Tensor, columns: int = 8) -> Image.Image:
-        """The images side by side, as a Pillow image."""
+        """The images side by side, as a Pillow image. RecipeError CFG-094 for fewer than one column or image."""
+        if not _is_whole(columns) or columns < 1 or len(images) < 1:
+            raise RecipeError(f"columns: {columns!r} for {len(images)} images; at least 1 of each", code="CFG-094")
         return grid_image(images, columns)
 
-    def _number(self, label: int | str) -> int:
+    def _number(self, label: Any) -> int:
         if isinstance(label, str) and label in self.classes:
             return self.classes.index(label)
-        if isinstance(label, int) or label.isdecimal():
+        if _is_whole(label) or (isinstance(label, str) and label.isdecimal()):
             number = int(label)
             if 0 <= number < len(self.classes):
                 return number
@@ -117,6 +124,10 @@ class ImageSampler:
 
     def _decode(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW if self.vae is None else decode_latents(self.vae, images_BCHW, self._channels)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def export_settings(recipe: Recipe) -> Mapping[str, Any]:
@@ -137,7 +148,7 @@ def export_sampler(folder: Path, source: Path, recipe: Recipe, evaluated: Path, 
     """Write the export into `folder` (empty; the caller renames it into place) from the `urepa` stage's result. `channels`: of
     the images, which latents do not tell."""
     card = read_card(source)
-    shutil.copyfile(source / "average.safetensors", folder / WEIGHTS)
+    shutil.copyfile(source / "average.safetensors", folder / UNET_WEIGHTS)
     vae = None
     if recipe.images.vae is not None:
         origin = Path(recipe.images.vae).expanduser()
@@ -153,7 +164,7 @@ def export_sampler(folder: Path, source: Path, recipe: Recipe, evaluated: Path, 
     files = {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {
         "format": FORMAT,
-        "kind": KIND,
+        "kind": IMAGES,
         "unet": card.plain(),
         "dtype": recipe.urepa.dtype,
         "vae": vae,
@@ -168,30 +179,49 @@ def export_sampler(folder: Path, source: Path, recipe: Recipe, evaluated: Path, 
     write_json(folder / MANIFEST, manifest)
 
 
-def open_sampler(folder: Path, manifest: Mapping[str, Any], device: str | torch.device | None = None) -> ImageSampler:
-    """From a manifest whose files were verified (train/export.py). ArtifactError EXP-004 if it is not one of ours."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def open_sampler(folder: Path, manifest: Mapping[str, Any], device: torch.device) -> ImageSampler:
+    """From a manifest that was checked with its files (export_manifest.py). ArtifactError EXP-003 if what it says is no U-Net,
+    EXP-004 if the tensors are of another."""
     try:
-        facts = dict(manifest["unet"])
-        facts.pop("format")
-        backbone, shape, classes = BackboneSettings(**facts.pop("backbone")), facts.pop("shape"), facts.pop("classes")
-        card = UNetCard(backbone, tuple(shape), tuple(classes), **facts)  # type: ignore[arg-type]
-        entries = [dict(entry) for entry in manifest["samplers"]]
-        samplers = {entry.pop("name"): entry for entry in entries}
-        samplers = {name: SamplerSettings(**entry) for name, entry in samplers.items()}
-        first = next(iter(samplers.values()))
-    except (KeyError, TypeError, StopIteration) as error:
-        raise ArtifactError(f"{folder / MANIFEST}: not the manifest of a U-Net ({error})", code="EXP-004") from error
-    unet = build_backbone(card.backbone, card.shape, card.num_classes, seed=0)
-    fill(unet, read_tensors(folder, WEIGHTS), folder)
-    unet.to(where).eval().requires_grad_(False)
+        card, samplers = _unet_card(manifest["unet"]), _samplers_of(manifest["samplers"])
+        unet = build_backbone(card.backbone, card.shape, card.num_classes, seed=0)
+    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
+        raise ArtifactError(
+            f"{folder / MANIFEST}: describes no U-Net ({type(error).__name__}: {error}). Restore it or export again",
+            code="EXP-003",
+        ) from error
+    fill(unet, read_tensors(folder, UNET_WEIGHTS), folder)
+    unet.to(device).eval().requires_grad_(False)
     vae, channels = None, card.shape[0]
     if manifest["vae"] is not None:
-        vae, _ = load_vae(inside(folder, manifest["vae"]["folder"]), where)
-        channels = int(manifest["vae"]["channels"])
-    return ImageSampler(
-        unet, card, first, samplers, where, half=manifest["dtype"] == "bfloat16", vae=vae, channels=channels
-    )  # fmt: skip
+        vae, _ = load_vae(inside(folder, manifest["vae"]["folder"]), device)
+        channels = manifest["vae"]["channels"]
+    first, half = next(iter(samplers.values())), manifest["dtype"] == "bfloat16"
+    return ImageSampler(unet, card, first, samplers, device, half=half, vae=vae, channels=channels)
+
+
+def _unet_card(facts: Mapping[str, Any]) -> UNetCard:
+    """From JSON; KeyError, TypeError or ValueError if something is missing, surplus or of another kind."""
+    facts = dict(facts)
+    facts.pop("format")
+    backbone, shape, classes = BackboneSettings(**facts.pop("backbone")), facts.pop("shape"), facts.pop("classes")
+    if len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
+        raise ValueError(f"shape {shape!r}")
+    if not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes are no names")
+    return UNetCard(backbone, tuple(shape), tuple(classes), **facts)  # type: ignore[arg-type]
+
+
+def _samplers_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, SamplerSettings]:
+    """By name, in order; TypeError or ValueError as above."""
+    found = {}
+    for entry in entries:
+        settings = SamplerSettings(**{name: value for name, value in entry.items() if name != "name"})
+        problems = check_sampler(settings, f"samplers.{entry['name']}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        found[entry["name"]] = settings
+    return found
 
 
 def _picture(evaluated: Path, results: Mapping[str, Any] | None) -> Path | None:

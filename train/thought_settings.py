@@ -14,14 +14,15 @@ from typing import Any
 from ..base.errors import RecipeError, suggest
 from ..base.files import read_json
 from ..thoughts.config import CURRICULUM_SIZES, Curriculum, ThoughtConfig, curriculum, length_dependent, preset
-from .recipe import Recipe, ThoughtSettings
+from .recipe import Recipe, ThoughtEvaluation, ThoughtSettings
 
 BASE, ROUTED, ONE = "base", "routed", "expert:"
-ROUTERS = ("phatgoose", "arrow", "random", "uniform")
+ROUTERS = ("phatgoose", "phatgoose_mean", "average_activation", "arrow", "random", "uniform")
 OWN_FIELDS = (
     "tokens", "lookahead", "samples", "temperature", "policy_temperature", "advantage", "base_weight", "mixed_weight",
     "beta", "entropy_bonus", "head", "initial_weight", "anchors", "every", "share", "limit",
 )  # fmt: skip
+SPLITS = ("train", "validation", "test")
 OFF_AT_ZERO = ("ratio_cap", "clip", "baseline_decay")
 
 
@@ -99,6 +100,21 @@ def thought_ranges(recipe: Recipe) -> list[tuple[str, float, float, float]]:
         ("thoughts.rollout_chunk", thoughts.rollout_chunk, 0, 1 << 24),
         ("evaluate.thoughts.rows", recipe.evaluate.thoughts.rows, 1, 1 << 20),
     ]
+
+
+def check_temperature_split(settings: ThoughtEvaluation) -> Iterator[tuple[str, str]]:
+    """(code, message) of a `temperature_split` that no task has and that is no usual name either: a misspelt one. That tasks
+    lack a usual one is no error: the arm leaves them out (evaluate_thoughts.py)."""
+    from .tasks import with_split
+
+    split = settings.temperature_split
+    asked = "temperature" in settings.arms and bool(settings.tasks)
+    if asked and split not in SPLITS and not with_split(settings.tasks, split):
+        yield (
+            "DATA-002",
+            f"evaluate.thoughts.temperature_split: '{split}' is a split of none of evaluate.thoughts.tasks; usual are "
+            f"{', '.join(SPLITS)}.{suggest(split, SPLITS)}",
+        )
 
 
 def check_thoughts(recipe: Recipe, context: int | None, experts: list[str]) -> Iterator[tuple[str, str]]:

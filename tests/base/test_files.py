@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quietgoose.base.errors import NameRefused, SecurityError
-from quietgoose.base.files import inside, safe_name, sha256_json, sha256_tensors, write_atomic
+from quietgoose.base.errors import NameRefused, SecurityError, StorageError
+from quietgoose.base.files import check_writable, inside, safe_name, sha256_json, sha256_tensors, write_atomic
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "a\0b", "", "x" * 300, "аpple", "CON", "nul", "a b", ".", "a\n"])
@@ -53,3 +53,36 @@ def test_a_write_leaves_no_staging_file(tmp_path: Path) -> None:
     write_atomic(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("old")
+    check_writable(tmp_path / "there", "--out")
+    check_writable(tmp_path / "a" / "b" / "c.json", "--out")
+    check_writable(tmp_path / "a", "--out", folder=True)
+    check_writable(tmp_path, "--out", folder=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("place", "folder", "why"),
+    [
+        ("file/x/y.json", False, "Not a directory: .*file"),
+        ("file/x", True, "Not a directory: .*file"),
+        ("file", True, "file is no folder"),
+        ("in", False, "in is a folder"),
+        ("n" * 300, False, "File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path: Path, place: str, folder: bool, why: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(StorageError, match=f"QG-IO-010 --out it: cannot be written there .*{why}") as caught:
+        check_writable(tmp_path / place, "--out it", folder=folder)
+    assert caught.value.exit_code == 6
+
+
+def test_a_folder_that_nobody_may_write_is_refused() -> None:
+    with pytest.raises(StorageError, match="QG-IO-010 --out: "):  # of the kernel: refused to the superuser too
+        check_writable(Path("/proc/self/x.json"), "--out")

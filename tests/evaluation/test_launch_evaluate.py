@@ -69,6 +69,7 @@ def test_table_of_an_export(export, tasks, tmp_path, capsys):
     ]
     assert main([*map(str, arguments), "--device", "cpu", "--bootstrap", "50"]) == 0
     value = json.loads(out.read_text())
+    assert (value["facts"]["k"], value["notes"]) == (2, [])
     cells = {(cell["task"], cell["arm"]): cell for cell in value["cells"]}
     assert cells["texts", "base"]["accuracy"][0] == len(KNOWN) / len(KNOWN + UNKNOWN)
     assert cells["texts", "base"]["metric"] == "exact match, generated"
@@ -112,3 +113,113 @@ def test_errors_are_clear(export, tasks, tmp_path, capsys, changes, code, words)
     assert main([str(part) for pair in arguments.items() for part in pair]) == code
     assert words in capsys.readouterr().err
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--k=0", "--k 0: at least 1"),
+        ("--k=-1", "--k -1: at least 1"),
+        ("--k=99", "QG-CFG-009 k=99: there are 2 experts, so a whole number from 1 to 2"),
+        ("--batch-tokens=0", "--batch-tokens 0: at least 1"),
+        ("--max_new_tokens=0", "--max-new-tokens 0: at least 1"),
+        ("--bootstrap=0", "--bootstrap 0: at least 1"),
+        ("--limit=0", "--limit 0: at least 1"),
+        ("--router=phatgose", "Did you mean 'phatgoose'"),
+        ("--device=cuda:77", "QG-CFG-082 --device cuda:77"),
+        ("--device=gpu", "allowed are auto, cpu, cuda"),
+    ],
+)
+def test_numbers_and_devices_that_cannot_be_are_refused_at_the_start(
+    export, tasks, tmp_path, capsys, monkeypatch, option, words
+):
+    from quietgoose.train import export as exports
+
+    monkeypatch.setattr(exports, "load_base", lambda *a, **k: pytest.fail("refused before the base is opened"))
+    out = tmp_path / "t.json"
+    assert main(["--model", str(export), "--tasks", str(tasks), "--out", str(out), option]) == 2
+    assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_k_that_is_written_is_the_one_that_ran(export, tasks, tmp_path):
+    nats = {}
+    for k in (1, 2):
+        out = tmp_path / f"{k}.json"
+        given = ["--model", export, "--tasks", tasks, "--out", out, "--k", k, "--include", "[texts]", "--limit", "4"]
+        assert (
+            main([*map(str, given), "--arms=[phatgoose]", "--baseline=phatgoose", "--generate=never", "--device=cpu"])
+            == 0
+        )
+        value = json.loads(out.read_text())
+        assert value["facts"]["k"] == k
+        nats[k] = value["cells"][0]["nats"][0]
+    assert nats[1] != nats[2]
+
+
+def test_an_arm_that_cannot_run_leaves_a_note(export, tasks, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    given = ["--model", export, "--tasks", tasks, "--out", out, "--include", "[choices]", "--limit", "2"]
+    assert main([*map(str, given), "--arms=[base,oracle,experts]", "--device=auto", "--bootstrap=10"]) == 0
+    value = json.loads(out.read_text())
+    assert value["arms"] == ["base", "expert:texts", "expert:other"]
+    assert value["notes"] == ["oracle is left out: no task has the name of an expert"]
+    for text in (out.with_suffix(".md").read_text(), capsys.readouterr().out):
+        assert "- oracle is left out" in text
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(export, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    given = ["--model", str(export), "--tasks", "/nowhere", "--out", str(tmp_path / "file" / "t.json")]
+    assert main(given) == 6
+    assert "QG-IO-010 --out" in capsys.readouterr().err
+
+
+def test_a_table_whose_place_vanished_is_still_shown(export, tasks, tmp_path, capsys, monkeypatch):
+    from quietgoose.evaluation import tables
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tables, "write_json", full)
+    given = [
+        "--model",
+        export,
+        "--tasks",
+        tasks,
+        "--out",
+        tmp_path / "t.json",
+        "--include",
+        "[choices]",
+        "--limit",
+        "2",
+    ]
+    assert main([*map(str, given), "--arms=[base]", "--device=cpu", "--bootstrap=10"]) == 6
+    out, err = capsys.readouterr()
+    assert "| base |" in out
+    assert "QG-IO-010 --out" in err
+    assert "No space left on device" in err
+
+
+@pytest.mark.parametrize(
+    ("manifest", "code", "words"),
+    [
+        (None, 4, "there is an export in"),
+        ("{", 4, "QG-EXP-003"),
+        (
+            {"kind": "images", "unet": {}, "dtype": "float32", "vae": None, "samplers": [{"name": "a"}]},
+            2,
+            "draws images",
+        ),
+        ({"experts": []}, 2, "has no experts"),
+    ],
+)
+def test_folders_that_cannot_be_scored_say_why(export, tmp_path, capsys, manifest, code, words):
+    folder = tmp_path / "run" / "export"
+    folder.mkdir(parents=True)
+    whole = json.loads((export / "quietgoose.json").read_text())
+    text = manifest if isinstance(manifest, str) else json.dumps(whole | (manifest or {}))
+    (folder / "quietgoose.json").write_text(text)
+    given = folder.parent if manifest is None else folder
+    assert main(["--model", str(given), "--tasks", "/nowhere", "--out", str(tmp_path / "t.json")]) == code
+    assert words in capsys.readouterr().err

@@ -164,7 +164,9 @@ BAD = {
     "tokens": (["--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "greedy"),
     "greedy copies": (["--prompt", "a", "--num-return-sequences", "2"], "all the same"),
+    "seed": (["--prompt", "a", "--seed", str(2**64)], "CFG-080 --seed"),
     "device": (["--prompt", "a", "--device", "gpu"], "allowed are auto"),
+    "no gpu": (["--prompt", "a", "--device", "cuda:77"], "CFG-082 --device cuda:77"),
     "empty": (["--prompt", ""], "no tokens"),
 }
 
@@ -187,6 +189,49 @@ def test_bad_lines_name_their_place(folder, tmp_path, capsys, line):
     file.write_text('{"prompt": "fine"}\n' + line + "\n")
     assert main(["--model", str(folder), "--prompts", str(file), "--device", "cpu"]) == 2
     assert "prompts.jsonl:2" in capsys.readouterr().err
+
+
+def test_bytes_that_are_no_text_name_their_place(folder, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "fine"}\n{"prompt": "caf\xe9"}\n')
+    assert main(["--model", str(folder), "--prompts", str(file), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert "QG-DATA-031" in err
+    assert "prompts.jsonl:2: no UTF-8" in err
+
+
+def test_a_mark_at_the_start_and_separators_within_a_line_are_read(folder, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes('\ufeff{"prompt": "one\u2028two"}\r\n'.encode())
+    found = answers(capsys, "--model", folder, "--prompts", file, "--max-new-tokens", "2", "--device", "cpu")
+    assert [answer["prompt"] for answer in found] == ["one\u2028two"]
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_model_is_read(folder, tmp_path, capsys, monkeypatch):
+    from quietgoose.launch import generate
+
+    monkeypatch.setattr(generate, "_load", lambda *a, **k: pytest.fail("the place is tried first"))
+    (tmp_path / "file").write_text("")
+    given = ["--model", str(folder), "--prompt", "a", "--device", "cpu"]
+    assert main([*given, "--thoughts-html", str(tmp_path / "file" / "page.html")]) == 6
+    assert "QG-IO-010 --thoughts-html" in capsys.readouterr().err
+
+
+def test_folders_that_are_no_language_model(folder, tmp_path, capsys):
+    """A run's folder is told from its export, an export of images and a damaged one are told by name."""
+    export_to(tmp_path / "export", folder)
+    assert main(["--model", str(tmp_path), "--prompt", "a", "--device", "cpu"]) == 2
+    assert f"there is an export in {tmp_path / 'export'}" in capsys.readouterr().err
+    path = tmp_path / "export" / "quietgoose.json"
+    whole = json.loads(path.read_text())
+    given = ["--model", str(tmp_path / "export"), "--prompt", "a", "--device", "cpu"]
+    path.write_text("{")
+    assert main(given) == 4
+    assert "QG-EXP-003" in capsys.readouterr().err
+    images = {"kind": "images", "unet": {}, "dtype": "float32", "vae": None, "samplers": [{"name": "ode"}]}
+    path.write_text(json.dumps(whole | images))
+    assert main(given) == 2
+    assert "draws images; use launch/sample.py" in capsys.readouterr().err
 
 
 def test_pickled_weights_and_own_code_are_refused(folder, tmp_path, capsys):

@@ -110,9 +110,49 @@ def test_doctor_finds_this_machine_fit(capsys: pytest.CaptureFixture[str], tmp_p
 
     assert main(["--output", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    for name in ("Python", "torch", "deepspeed", "C++ compiler", "ninja", "GPU", "memory", "disk"):
+    for name in (
+        "Python",
+        "torch",
+        "deepspeed",
+        "C++ compiler",
+        "ninja",
+        "GPU",
+        "flash-attn",
+        "triton",
+        "CUDA toolkit",
+        "memory",
+        "disk",
+    ):
         assert f" {name}" in text
     assert "A run can start" in text
+
+
+@pytest.mark.parametrize("below", ["", "x/y"])
+def test_doctor_stops_where_runs_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, below: str
+) -> None:
+    from quietgoose.launch import doctor
+    from quietgoose.train import diagnosis
+
+    monkeypatch.setattr(diagnosis, "_imports", lambda: iter(()))
+    (tmp_path / "file").write_text("")
+    assert doctor.main(["--output", str(tmp_path / "file" / below)]) == 3
+    captured = capsys.readouterr()
+    assert "file is a file. choose another output folder" in captured.out
+    assert "1 of" in captured.err
+
+
+@pytest.mark.parametrize(("gpu", "said"), [(False, "ok"), (True, "note")])
+def test_doctor_says_what_a_gpu_would_use(monkeypatch: pytest.MonkeyPatch, gpu: bool, said: str) -> None:
+    from quietgoose.train import diagnosis
+
+    monkeypatch.setattr(diagnosis, "_version_of", lambda name: "")
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda *names, **options: None)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    found = list(diagnosis._gpu_packages(gpu))
+    assert [(one.name, one.state) for one in found] == [("flash-attn", said), ("triton", said), ("CUDA toolkit", said)]
+    assert all(bool(one.fix) is gpu for one in found), "advice only where it would help"
 
 
 def test_doctor_stops_at_a_wrong_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +189,29 @@ def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
 def test_train_refuses_before_the_launcher(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--config", str(recipe_file), "--experts.rnk=1"]) == 2
     assert "Did you mean 'rank'?" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_torch(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = ("--config", recipe_file, "--output", tmp_path / "file" / "x")
+    done = start(*given)
+    assert done.returncode == 6, done.stderr
+    assert done.stderr.startswith(
+        f"QG-IO-010 output: {tmp_path / 'file' / 'x'}: cannot be written there (Not a directory"
+    )
+    assert "Traceback" not in done.stderr
+    assert cli.main(["train", *map(str, given)]) == 6
+    assert "QG-IO-010" in capsys.readouterr().err
+
+
+def test_settings_may_be_spelt_with_hyphens(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = start("--config", recipe_file, "--data.sequence-length=32", "--print-config")
+    assert done.returncode == 0, done.stderr
+    assert "sequence_length: 32" in done.stdout
+    assert cli.main(["train", "--config", str(recipe_file), "--data.sequence-length", "32", "--dry-run"]) == 0
+    assert f"{30 * 2 * 8 * 32:,}" in capsys.readouterr().out
 
 
 def test_launch_line_keeps_secrets_and_fixed_ports_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,17 @@ import dataclasses
 import pytest
 import torch
 from quietgoose.kernels.testing import assert_close
+from quietgoose.routing.on_top import TopLora
+from quietgoose.routing.sites import AdapterLayout, all_sites
 from quietgoose.thoughts.anchors import choose_anchors, term_counts
 from quietgoose.thoughts.config import ThoughtConfig, preset
+from quietgoose.thoughts.generation import ThoughtState, attach_thoughts
 from quietgoose.thoughts.gradient import Stream, thought_loss
 from quietgoose.thoughts.policy import ModelPolicy
 from quietgoose.thoughts.prefix import run_prefix
 from quietgoose.thoughts.rollout import RolloutGraphs, rollout
 
+from .generation_tools import GREEDY, padded, prompts, thinking_model, thoughts
 from .naive import TestRows, llama, packed, policy_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -89,3 +93,46 @@ def test_loss_equals_the_cpu(rows) -> None:
     assert_close("sums", got.sums[:2].cpu(), want.sums[:2], limit=1e-4)
     for (name, one), two in zip(policy.parameters.named_parameters(), on_cpu.parameters.parameters()):
         assert_close(name, one.grad.cpu(), two.grad, limit=1e-3)
+
+
+def test_inputs_on_the_cpu_move_to_the_model() -> None:
+    """As transformers' own loop lets them be: a tokenizer's tensors, padded, by name or by place; greedy text is the same."""
+    model = thinking_model(dtype=torch.float32).to("cuda")
+    ids, mask = padded(prompts(), [0, 3])
+    wanted = model.generate(ids.cuda(), attention_mask=mask.cuda(), thoughts=thoughts(), **GREEDY)
+    by_name = model.generate(input_ids=ids, attention_mask=mask, thoughts=thoughts(), **GREEDY)
+    by_place = model.generate(ids, attention_mask=mask, thoughts=True, **GREEDY)
+    assert wanted.sequences.is_cuda
+    assert by_name.sequences.is_cuda
+    assert torch.equal(by_name.sequences, wanted.sequences)
+    assert torch.equal(by_name.thoughts.tokens_BNST, wanted.thoughts.tokens_BNST)
+    assert torch.equal(by_place, wanted.sequences)
+    assert ids.device.type == "cpu"
+
+
+def test_generating_from_what_a_tokenizer_returns() -> None:
+    """Inputs are on the CPU, the model is not: plain `generate` takes them, and so does the thinking one."""
+    config = preset("default", tokens=2, lookahead=1)
+    policy = policy_on_gpu(config)
+    attach_thoughts(policy.model, ThoughtState(policy.parameters, config))
+    ids = torch.randint(3, 20, (2, 5), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])}
+    options = {"max_new_tokens": 3, "do_sample": False, "thoughts": True}
+    found = policy.model.generate(**inputs, **options)
+    assert found.is_cuda
+    assert torch.equal(found, policy.model.generate(**{n: x.cuda() for n, x in inputs.items()}, **options))
+    assert torch.equal(found[:, :5].cpu(), ids)
+    assert policy.model.generate(ids, **options).is_cuda, "the first argument too"
+
+
+def test_a_lora_on_top_goes_where_the_model_goes() -> None:
+    model, tokens = llama(head_dim=64), torch.arange(3, 11).view(1, 8)
+    layout = AdapterLayout.uniform(all_sites(model), 2)
+    top = TopLora(model, layout, 1.0)
+    top.use(torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)) * 0.1)
+    with torch.no_grad():
+        before = model(tokens).logits
+        assert_close("logits", model.cuda()(tokens.cuda()).logits.cpu(), before, limit=1e-4)
+        rounded = model.to(torch.bfloat16)(tokens.cuda()).logits
+        assert_close("logits", rounded.float().cpu(), before, limit=5e-2)
+        assert_close("logits", model.cpu().float()(tokens).logits, before, limit=5e-2)

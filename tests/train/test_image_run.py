@@ -233,6 +233,73 @@ def test_labels_of_the_sampler(run) -> None:
             loaded.sample(**{"n": 2, **options})
 
 
+def test_arguments_that_cannot_be_are_refused_by_name(run) -> None:
+    loaded = quietgoose.load(run.export, device="cpu")
+    assert loaded.labels(2, np.array([3, 4])).tolist() == loaded.labels(2, [np.int64(3), 4]).tolist() == [3, 4]
+    for bad in ([1.5, 1.5], 1.5, [True, 1], [None, 1], torch.tensor([1.0, 2.0]), [[1], [2]]):
+        with pytest.raises(RecipeError, match=r"CFG-094.*allowed are 0 to 9 or a class"):
+            loaded.sample(2, bad)
+    for options, word in (
+        ({"guidance": float("nan")}, "guidance"), ({"guidance": float("inf")}, "guidance"), ({"guidance": "much"}, "guidance"),
+        ({"steps": 2.5}, "steps: 2.5; a whole number"), ({"batch": "2"}, "batch"), ({"n": 2.0}, "n: 2.0"),
+        ({"seed": 0.5}, "seed"), ({"n": True}, "n: True"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=f"CFG-094.*{word}"):
+            loaded.sample(**{"n": 2, **options})
+    images = loaded.sample(2, steps=1)
+    for columns in (0, -1, 1.5):
+        with pytest.raises(RecipeError, match="CFG-094 columns"):
+            loaded.grid(images, columns=columns)
+    with pytest.raises(RecipeError, match="CFG-094 columns: 8 for 0 images"):
+        loaded.grid(images[:0])
+
+
+def test_an_export_of_images_is_none_of_words(run, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"CFG-031 .*draws images, so it has no tokenizer"):
+        quietgoose.load_tokenizer(run.export)
+    with pytest.raises(RecipeError, match=r"CFG-031 .*draws images, so it has no experts"):
+        quietgoose.merge(run.export, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("unet", {"format": 1}, "describes no U-Net"),
+        ("unet.shape", ["a", 8, 8], "describes no U-Net"),
+        ("unet.shape", 3, "describes no U-Net"),
+        ("unet.classes", [1, 2], "classes are no names"),
+        ("unet.backbone.width", "wide", "describes no U-Net"),
+        ("samplers", [], "samplers is"),
+        ("samplers", [{"name": "ode", "steps": "many"}], "describes no U-Net"),
+        ("samplers", [{"name": "ode", "steps": 0}], "at least 1"),
+        ("samplers", [{"name": "ode", "stps": 3}], "stps"),
+        ("vae", "here", "vae is"),
+        ("dtype", None, "dtype is"),
+    ],
+)
+def test_a_damaged_manifest_of_images_is_one_plain_error(run, tmp_path: Path, field: str, value, word: str) -> None:
+    copy = tmp_path / "export"
+    shutil.copytree(run.export, copy)
+    manifest = place = read_json(copy / "quietgoose.json")
+    *path, last = field.split(".")
+    for part in path:
+        place = place[part]
+    place[last] = value
+    (copy / "quietgoose.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=f"EXP-003.*{word}"):
+        quietgoose.load(copy, device="cpu")
+
+
+def test_weights_that_the_manifest_does_not_name_are_refused(run, tmp_path: Path) -> None:
+    copy = tmp_path / "export"
+    shutil.copytree(run.export, copy)
+    manifest = read_json(copy / "quietgoose.json")
+    del manifest["files"]["model.safetensors"]
+    (copy / "quietgoose.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"EXP-004.*model.safetensors: would be opened"):
+        quietgoose.load(copy, device="cpu")
+
+
 def test_an_export_that_changed_or_is_asked_for_words_is_refused(run, tmp_path: Path) -> None:
     copy = tmp_path / "export"
     shutil.copytree(run.export, copy)
@@ -268,6 +335,24 @@ def test_the_command_writes_grids_arrays_and_files(run, tmp_path: Path, capsys) 
         assert word in capsys.readouterr().err
     assert sample_command(["--model", str(tmp_path)]) == 2
     assert "quietgoose.json" in capsys.readouterr().err
+
+
+def test_the_command_tries_place_and_folder_before_it_draws(run, tmp_path: Path, capsys, monkeypatch) -> None:
+    from quietgoose.train import export
+
+    monkeypatch.setattr(export, "load", lambda *a, **k: pytest.fail("refused first"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.png").mkdir()
+    common = ["--model", str(run.export), "--count=2"]
+    for out in ("file/a.png", "file/many", "file", "a.png", "file/a.npz"):
+        assert sample_command([*common, "--out", str(tmp_path / out)]) == 6
+        assert f"QG-IO-010 --out {tmp_path / out}" in capsys.readouterr().err
+    assert sample_command([*common, "--out", str(tmp_path / "a.gif")]) == 2
+    assert "FILE.png" in capsys.readouterr().err
+    assert sample_command(["--model", str(run.root), "--out", str(tmp_path / "b.png")]) == 2
+    assert f"there is an export in {run.export}" in capsys.readouterr().err
+    assert sample_command([*common, "--device=cuda:77", "--out", str(tmp_path / "b.png")]) == 2
+    assert "QG-CFG-082 --device cuda:77" in capsys.readouterr().err
 
 
 def test_points_without_a_curve() -> None:
