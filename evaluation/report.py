@@ -36,6 +36,7 @@ class Trace:
     modules     site name -> [T][N] weights, or [T] index of the first expert (-1: no expert at this site)
     expected    per token the index of the expert it needs, -1 where any will do; None if not known
     label       a heading; by default the prompt's number
+    entropy     of the routers' weights, mean over sites and tokens, nats; None if not measured
     """
 
     tokens: Sequence[str]
@@ -44,6 +45,7 @@ class Trace:
     modules: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     expected: Sequence[int] | None = None
     label: str = ""
+    entropy: float | None = None
 
 
 def write_report(

@@ -81,14 +81,21 @@ def load_task(folder: Path | str, split: str = "test", limit: int | None = None)
     """The first `limit` items of `folder/<split>.jsonl[.gz]`. DataError if the file is missing or a row is
     bad."""
     folder = Path(folder)
+    path = split_file(folder, split)
+    if limit is not None and limit < 1:
+        raise DataError(f"limit {limit}: must be at least 1, or absent for all items", code="DATA-002")
+    return make_task(folder.name, _rows(path, limit), _group(folder), str(path))
+
+
+def split_file(folder: Path | str, split: str) -> Path:
+    """`folder/<split>.jsonl[.gz]`; DataError (DATA-002) with the splits that are there if it is not."""
+    folder = Path(folder)
     path = next((p for end in ("jsonl.gz", "jsonl") if (p := folder / f"{split}.{end}").is_file()), None)
     if path is None:
         found = sorted({p.name.split(".jsonl")[0] for p in folder.glob("*.jsonl*")}) if folder.is_dir() else []
         hint = f"splits found: {', '.join(found)}" if found else "the folder has no .jsonl or .jsonl.gz file"
         raise DataError(f"{folder}: no split '{split}' ({hint}).{suggest(split, found)}", code="DATA-002")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit {limit}: must be at least 1, or absent for all items", code="DATA-002")
-    return make_task(folder.name, _rows(path, limit), _group(folder), str(path))
+    return path
 
 
 def find_tasks(folder: Path | str, split: str = "test", include: Sequence[str] = ()) -> list[Path]:

@@ -4,7 +4,9 @@ The head runs on pieces of the tokens. Their number depends on shapes alone, so 
 (ZeRO-3 gathers its weight in every call). Two ways back: `recompute` runs each piece again in the backward pass, which
 trains the head too; otherwise the gradient of the hidden states is made in the forward pass, while the logits are there
 (d loss_t / d h_t depends on token t alone), which saves a third of the products and needs a frozen head.
-All sums are fp32 (fp64 for fp64). Callers: routing/losses.py, thoughts/.
+All sums over the vocabulary are fp32 (fp64 for fp64). The logits are the head's: an nn.Linear in bf16 rounds them, which a mean
+loss over many tokens does not notice (routing/losses.py, experts and gates); who compares log-probabilities hands in a
+WideHead, whose logits are fp32 from the product on (thoughts/: rewards, pi against pi_old).
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .wide_head import WideHead
+
+Head = nn.Module | WideHead
 
 LOGITS_AT_ONCE = 2**27
 """Elements of one piece of logits: 0.5 GB in fp32."""
@@ -30,14 +36,14 @@ HEAD_EXTRAS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of a model's config that do more to the logits than a linear head; None, 1 or absent where they do not."""
 
 
-def num_pieces(tokens: int, head: nn.Module) -> int:
+def num_pieces(tokens: int, head: Head) -> int:
     """Into how many pieces so many tokens are cut; at least 1."""
     vocabulary = getattr(head, "out_features", 1)
     return max(1, -(-tokens * vocabulary // LOGITS_AT_ONCE))
 
 
 def token_nll(
-    head: nn.Module,
+    head: Head,
     hidden_TD: Tensor,
     labels_T: Tensor,
     *,
@@ -80,7 +86,7 @@ def token_nll(
     return torch.cat(nll), torch.cat(found)
 
 
-def token_divergence(head: nn.Module, teacher_TD: Tensor, student_TD: Tensor, *, recompute: bool = True) -> Tensor:
+def token_divergence(head: Head, teacher_TD: Tensor, student_TD: Tensor, *, recompute: bool = True) -> Tensor:
     """KL(softmax(head(teacher)) || softmax(head(student))), fp32 [T]; a gradient for the student only."""
     count = num_pieces(2 * student_TD.shape[0], head)
     parts = zip(teacher_TD.detach().tensor_split(count), student_TD.tensor_split(count))
@@ -106,7 +112,7 @@ def scores(logits: Tensor, temperature: float = 1.0, banned: Tensor | None = Non
 
 
 def _nll(
-    head: nn.Module, hidden_TD: Tensor, labels_T: Tensor, temperature: float, banned: Tensor | None, entropy: bool,
+    head: Head, hidden_TD: Tensor, labels_T: Tensor, temperature: float, banned: Tensor | None, entropy: bool,
     entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide_TV = scores(head(hidden_TD), temperature, banned)
@@ -158,14 +164,14 @@ def _entropy(p_TV: Tensor) -> Tensor:
     return torch.special.entr(p_TV).sum(-1)
 
 
-def _divergence(head: nn.Module, teacher_TD: Tensor, student_TD: Tensor) -> Tensor:
+def _divergence(head: Head, teacher_TD: Tensor, student_TD: Tensor) -> Tensor:
     with torch.no_grad():
         target_TV = scores(head(teacher_TD)).log_softmax(-1)
     student_TV = scores(head(student_TD)).log_softmax(-1)
     return (target_TV.exp() * (target_TV - student_TV)).sum(-1)
 
 
-def _divergence_and_slope(logits_TV: Tensor, teacher_TD: Tensor, head: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def _divergence_and_slope(logits_TV: Tensor, teacher_TD: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """(KL, nothing, d KL / d student's logits = p_student - p_teacher)."""
     target_TV, student_TV = scores(head(teacher_TD)).log_softmax(-1), scores(logits_TV).log_softmax(-1)
     target_p = target_TV.exp()
@@ -179,7 +185,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, slope: Callable[..., Any], head: nn.Module, hidden_TD: Tensor, other: Tensor, settings: dict[str, Any]
+        ctx: Any, slope: Callable[..., Any], head: Head, hidden_TD: Tensor, other: Tensor, settings: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf_TD = hidden_TD.detach().requires_grad_()

@@ -27,7 +27,6 @@ from .model import install
 from .sites import AdapterLayout
 from .training import initial_adapter
 
-
 Adapters = list[tuple[Tensor, Tensor]] | None
 """(A [r, I], B [O, r]) of every site; None: switched off."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base.errors import RecipeError
 from ..kernels.linear_loss import HEAD_EXTRAS, IGNORED, num_pieces, token_nll
+from ..kernels.wide_head import WideHead
 from .anchors import at_anchors, scored
 from .attention import BranchState, thought_inputs
 from .parameters import ThoughtTensors, mix
@@ -19,8 +20,12 @@ START, END = PAUSE, -2
 """Ids of the two embeddings that are no vocabulary rows."""
 
 
-def language_head(model: Any) -> Any:
-    """The output embedding; RecipeError CFG-103 where logits are more than a linear function of the hidden state."""
+def language_head(model: Any) -> WideHead:
+    """The output embedding, its logits in fp32 whatever the model's dtype: rollout, gradient pass, scoring and generation
+    compare log-probabilities, which rounded logits would drown (kernels/wide_head.py).
+
+    RecipeError CFG-103 where logits are more than a linear function of the hidden state.
+    """
     for name in HEAD_EXTRAS:
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise RecipeError(
@@ -28,7 +33,7 @@ def language_head(model: Any) -> Any:
                 "plain linear head",
                 code="CFG-103",
             )
-    return model.get_output_embeddings()
+    return WideHead(model.get_output_embeddings())
 
 
 def embed(model: Any, thought: ThoughtTensors, ids: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ class Lookahead:
     """What each branch says of the next J true tokens.
 
     branch_BASMD   hidden states of the whole branch
-    base_BAJD, mixed_BASJD   hidden states before the head: without and with the thought
+    base_BAJD, mixed_BASJD   hidden states before the head: without the thought in the model's dtype, with it at least fp32
     labels_BAJ, valid_BAJ    what is scored; labels are 0 where not valid
     weight_BASJ              mixing weight, fp32
     """

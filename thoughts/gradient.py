@@ -26,6 +26,7 @@ from . import objective, stats
 from .anchors import choose_anchors
 from .branch import Lookahead, base_losses, language_head, look_ahead, lookahead_of, trains
 from .config import ThoughtConfig
+from .flips import Choices, flip_sums
 from .parameters import ThoughtTensors
 from .policy import Policy, PolicyTensors
 from .prefix import run_prefix
@@ -62,6 +63,7 @@ def thought_loss(
     baseline_BL: Tensor | None = None,
     graphs: RolloutGraphs | None = None,
     measure_gap: bool = False,
+    choices: Choices | None = None,
 ) -> ThoughtLoss:
     """sum over TERMS of weights_M * sum of the term, with the whole gradient behind one backward.
 
@@ -71,7 +73,11 @@ def thought_loss(
     baseline_BL    fp32 [B, L], -log p of each label by another model (rlp: an EMA that does not think); rewards are
                    measured against it instead of against this model without a thought
     graphs         captured rollout steps, kept by the caller; None: uncaptured
-    measure_gap    also score every anchor's first thought at another anchor (own minus shuffled): two branch passes more
+    measure_gap    also score every anchor's first thought at an anchor of another document (own minus shuffled): two branch
+                   passes more; nothing comes of it where the rows are one document
+
+    choices        records the experts that sites choose: how many of the first chunk's choices differ between rollout and
+                   gradient pass is measured then, by two branch passes more (flips.py); None: not
 
     Without gradients outside (no_grad, inference_mode) only the numbers are made. Raises QuietGooseError THT-002 for a
     model that drops out, THT-004 for one that checkpoints activations while `bind` replaces its adapters, THT-006 for one in
@@ -106,6 +112,8 @@ def thought_loss(
             for scored in (first, shuffled(first))
         )
         work.stats += gap_sums(own, other)
+    if choices is not None:
+        work.stats += flip_sums(policy, tensors, prefix, rows, thoughts.part(0, work.chunk), config, choices)
     sums_M = torch.cat([base.detach().view(1), work.sums])
     return ThoughtLoss(weights_M[0] * base + value, sums_M, work.stats, thoughts)
 

@@ -118,12 +118,12 @@ def mixing_weight(tensors: ThoughtTensors, base: Tensor, thought: Tensor) -> Ten
 
 
 def mix(tensors: ThoughtTensors, base: Tensor, thought: Tensor) -> tuple[Tensor, Tensor]:
-    """((1 - w) base + w thought in the dtype of `base`, w [..., 1]); sums are fp32. At w = 0 the result is `base`."""
+    """((1 - w) base + w thought, w [..., 1]), both at least fp32: rounded to 16 bits, what a thought adds at a small w would be
+    lost. At w = 0 the result is `base`; for kind "thought" it is `thought`, in its own dtype."""
     weight = mixing_weight(tensors, base, thought)
     if tensors.kind == "thought":
         return thought, weight
-    mixed = torch.lerp(base.to(weight.dtype), thought.to(weight.dtype), weight)
-    return mixed.to(base.dtype), weight
+    return torch.lerp(base.to(weight.dtype), thought.to(weight.dtype), weight), weight
 
 
 def _mlp(head: Sequence[Tensor], base: Tensor, thought: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Used by the dashboard (own minus shuffled), by evaluation and by the viewer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from . import stats
 from .branch import language_head, look_ahead
 from .config import ThoughtConfig
 from .policy import Policy, PolicyTensors
-from .types import Prefix, Rows, Thoughts
+from .types import Anchors, Prefix, Rows, Thoughts
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,57 @@ def score_thoughts(
     return Scores(*(torch.cat([getattr(p, name) for p in parts], dim=1) for name in Scores.__dataclass_fields__))
 
 
-def shuffled(thoughts: Thoughts) -> Thoughts:
-    """Every valid anchor gets the thoughts of another valid one, half of all anchors of the batch away (a control)."""
-    valid_N = thoughts.anchors.valid_BA.flatten()
-    order_N = torch.argsort((~valid_N).to(torch.int8), stable=True)  # valid ones first
-    count = valid_N.sum()
-    rank_N = torch.arange(valid_N.numel(), device=valid_N.device)
-    other_N = torch.where(rank_N < count, (rank_N + (count // 2).clamp_min(1)) % count.clamp_min(1), rank_N)
-    source_N = torch.empty_like(order_N).scatter_(0, order_N, order_N[other_N])
+def shuffled(thoughts: Thoughts, slot_BA: Tensor | None = None, group_BA: Tensor | None = None) -> Thoughts:
+    """A control: every anchor gets the thought of an anchor of the same slot in the next group, never one of its own group.
+
+    slot_BA   int64, what is exchanged with what; None: the anchor's number in its document
+    group_BA  int64, from 0, texts that must not hand each other thoughts; None: the documents
+
+    An anchor whose slot no other group has keeps its thought and is no longer valid: nothing of it is scored. So is all of a
+    batch of one document. Nothing here waits for the device.
+    """
+    anchors = thoughts.anchors
+    document_BA = _documents(anchors)
+    slot_BA = _numbers(document_BA, anchors.valid_BA) if slot_BA is None else slot_BA
+    group_N = (document_BA if group_BA is None else group_BA).flatten()
+    valid_N = anchors.valid_BA.flatten()
+    slot_N = torch.where(valid_N, slot_BA.flatten(), -1)
+    pairs, order_N = torch.sort(slot_N * (group_N.amax() + 1) + group_N, stable=True)
+    slots, groups = slot_N[order_N], group_N[order_N]
+    behind_N = torch.searchsorted(pairs, pairs, right=True)  # the first of the next group
+    first_N, last_N = (torch.searchsorted(slots, slots, right=right) for right in (False, True))
+    donor_N = torch.where(behind_N < last_N, behind_N, first_N)
+    able_N = torch.empty_like(valid_N).scatter_(0, order_N, groups[donor_N] != groups) & valid_N
+    source_N = torch.empty_like(order_N).scatter_(0, order_N, order_N[donor_N])
+    source_N = torch.where(able_N, source_N, torch.arange(len(source_N), device=source_N.device))
     tokens = thoughts.tokens_BAST.flatten(0, 1)[source_N].view_as(thoughts.tokens_BAST)
-    return thoughts.with_tokens(tokens)
+    return replace(thoughts, tokens_BAST=tokens, anchors=replace(anchors, valid_BA=able_N.view_as(anchors.valid_BA)))
 
 
 def gap_sums(own: Scores, other: Scores) -> Tensor:
-    """The sums own_gain, other_gain and gap_scored of stats.py: of the anchors' own thoughts, and of `shuffled` ones."""
+    """The sums own_gain, other_gain and gap_scored of stats.py: of the anchors' own thoughts and of `shuffled` ones, both over
+    the anchors that had an exchange."""
+    there_BASJ = other.valid_BAJ.unsqueeze(2)
     found = {
-        "own_gain": own.reward_BAS.double().sum(),
-        "other_gain": other.reward_BAS.double().sum(),
-        "gap_scored": own.valid_BAJ.double().sum(),
+        f"{name}_gain": ((scores.base_BAJ.unsqueeze(2) - scores.mixed_BASJ) * there_BASJ).double().sum()
+        for name, scores in (("own", own), ("other", other))
     }
-    return stats.collect(found, own.base_BAJ.device)
+    return stats.collect(found | {"gap_scored": other.valid_BAJ.double().sum()}, own.base_BAJ.device)
+
+
+def _documents(anchors: Anchors) -> Tensor:
+    """int64 [B, A]: a number for the document of every anchor, ascending over the batch."""
+    rows_B1 = torch.arange(anchors.start_BA.shape[0], device=anchors.start_BA.device)[:, None]
+    start_BA = torch.where(anchors.valid_BA, anchors.start_BA, 0).cummax(1).values
+    return rows_B1 * (start_BA.amax() + 1) + start_BA
+
+
+def _numbers(document_BA: Tensor, valid_BA: Tensor) -> Tensor:
+    """int64 [B, A]: of every valid anchor, how many valid ones of its document come before it."""
+    before_BA = valid_BA.cumsum(1) - valid_BA.long()
+    begins_BA = torch.ones_like(valid_BA)
+    begins_BA[:, 1:] = document_BA[:, 1:] != document_BA[:, :-1]
+    return before_BA - torch.where(begins_BA, before_BA, 0).cummax(1).values
 
 
 def _score(

@@ -36,6 +36,8 @@ SUMS = (
     "own_gain",  # nats saved by an anchor's own thought, over gap_scored
     "other_gain",  # nats saved by another anchor's thought
     "gap_scored",  # valid (anchor, lookahead token) of the shuffled comparison
+    "routed",  # (thought token, site) whose experts were compared between rollout and gradient pass
+    "flips",  # those that chose others
 )
 
 
@@ -106,7 +108,7 @@ def summarise(sums: Tensor) -> dict[str, float]:
     mixing_weight, mixing_weight_std    reward, reward_std (all thoughts), reward_spread (within an anchor),
     reward_zero_share, advantage_size   thought_entropy, thought_logprob     rollout_kl, rollout_dlogp, ratio_mean,
     ratio_capped_share, effective_sample_share = (sum rho)^2 / (n sum rho^2)
-    own_gain, shuffled_gain, own_minus_shuffled (nats a token)
+    own_gain, shuffled_gain, own_minus_shuffled (nats a token)      routing_flip_share
     """
     s = dict(zip(SUMS, sums.tolist()))
     found: dict[str, float] = {"anchors": s["anchors"]}
@@ -136,4 +138,6 @@ def summarise(sums: Tensor) -> dict[str, float]:
         found["own_gain"] = s["own_gain"] / s["gap_scored"]
         found["shuffled_gain"] = s["other_gain"] / s["gap_scored"]
         found["own_minus_shuffled"] = found["own_gain"] - found["shuffled_gain"]
+    if s["routed"]:
+        found["routing_flip_share"] = s["flips"] / s["routed"]
     return found

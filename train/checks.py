@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ..base.errors import QuietGooseError, RecipeError, suggest
+from ..base.errors import DataError, QuietGooseError, RecipeError, suggest
 from ..base.files import safe_name
 from .image_checks import check_images, draws_images, finished, image_needs, image_ranges
 from .recipe import STAGES, BaseSettings, Recipe, SourceSettings, TrainSettings
@@ -20,6 +20,7 @@ from .safe_yaml import read_yaml
 from .speed_checks import check_speed
 from .thought_settings import (
     ROUTED,
+    check_temperature_split,
     check_thoughts,
     has_experts,
     has_thoughts,
@@ -29,7 +30,6 @@ from .thought_settings import (
 
 Problem = tuple[str, str]
 SMOLLM2_CONTEXT = 8192
-KEPT = "train.strategy"
 
 
 def check_recipe(recipe: Recipe) -> list[Problem]:
@@ -155,7 +155,7 @@ def _strategies(recipe: Recipe) -> Iterator[Problem]:
     from .strategy import load_strategy
 
     named = {"strategy": recipe.strategy}
-    named |= {f"{stage}.{KEPT}": train.strategy for stage, train in trains(recipe).items() if train.strategy}
+    named |= {f"{stage}.train.strategy": train.strategy for stage, train in trains(recipe).items() if train.strategy}
     for where, name in named.items():
         try:
             load_strategy(name)
@@ -320,7 +320,7 @@ def _evaluate(recipe: Recipe) -> Iterator[Problem]:
         find_tasks(Path(settings.collection).expanduser(), settings.split, settings.include)
     elif settings.include:
         yield "CFG-011", "evaluate.include names tasks of a collection; set evaluate.collection to its folder"
-    yield from _task_sources("evaluate.tasks", settings.tasks)
+    yield from _task_sources("evaluate.tasks", settings.tasks, settings.split)
 
 
 def _evaluate_thoughts(recipe: Recipe) -> Iterator[Problem]:
@@ -337,32 +337,35 @@ def _evaluate_thoughts(recipe: Recipe) -> Iterator[Problem]:
         )
     if settings.text is not None:
         _check_source(settings.text, "evaluate.thoughts.text")
-    yield from _task_sources("evaluate.thoughts.tasks", settings.tasks)
-    yield from _task_sources("evaluate.thoughts.generated", settings.generated)
+    for where, tasks in (("tasks", settings.tasks), ("generated", settings.generated)):
+        yield from _task_sources(f"evaluate.thoughts.{where}", tasks, recipe.evaluate.split)
+    yield from check_temperature_split(settings)
 
 
-def _task_sources(where: str, tasks: Mapping[str, str]) -> Iterator[Problem]:
-    from .data.rows import SKILLS, STEPS
-    from .steps_skills import parse_name
+def _task_sources(where: str, tasks: Mapping[str, str], split: str) -> Iterator[Problem]:
+    from .tasks import check_split
 
     for name, source in tasks.items():
-        if source.startswith(STEPS):
-            parse_name(source.removeprefix(STEPS))
-        elif not source.startswith(SKILLS) and not Path(source).expanduser().is_dir():
-            yield "DATA-002", f"{where}.{name}: {source}: no such folder"
+        try:
+            check_split(source, split)
+        except DataError as error:
+            yield error.code.removeprefix("QG-"), f"{where}.{name}: {error.message}"
 
 
 def _tracking(recipe: Recipe) -> Iterator[Problem]:
-    settings = recipe.tracking
-    if not settings.enabled:
-        return
-    if settings.uri is not None and settings.uri.startswith("file:"):
-        yield (
-            "CFG-008",
-            "tracking.uri: file stores are gone from MLflow; use sqlite:///PATH, http(s)://, or leave it out",
+    if recipe.tracking.enabled:
+        check_store("tracking.uri", recipe.tracking.uri, recipe.tracking.credentials)
+    yield from ()
+
+
+def check_store(where: str, uri: str | None, credentials: str | None) -> None:
+    """RecipeError CFG-008 for an address that MLflow does not take; rank 0 raises as `read_credentials`."""
+    if uri is not None and uri.startswith("file:"):
+        raise RecipeError(
+            f"{where}: file stores are gone from MLflow; use sqlite:///PATH or http(s)://", code="CFG-008"
         )
-    if settings.credentials and os.environ.get("RANK", "0") == "0":
-        read_credentials(Path(settings.credentials).expanduser())
+    if credentials and os.environ.get("RANK", "0") == "0":
+        read_credentials(Path(credentials).expanduser())
 
 
 def read_credentials(path: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from ..evaluation.tables import write_results
 from ..evaluation.tasks import Item, Task, find_tasks, load_task
 from ..routing.library import ExpertLibrary
 from ..routing.model import attach
-from ..routing.statistics import collect, token_votes
+from ..routing.statistics import collect, entropy, token_votes
 from . import skills
 from .arms import build_arms
 from .base_models import LoadedBase, load_base
@@ -113,17 +113,21 @@ def trace(
         modules={site: routing.index_TK[:, 0].tolist() for site, routing in routings.items()},
         expected=[library.index(name) if name in library.names else -1 for name in needed] if needed else None,
         label=label,
+        entropy=entropy(routings),
     )
 
 
 def routing_summary(traces: Sequence[Trace], library: ExpertLibrary) -> dict[str, Any]:
-    """Load and accuracy of the routing over the traced texts: share of weight per expert; share of decisive tokens
-    whose needed expert has the largest weight summed over all sites (None if no token is decisive)."""
+    """Load and accuracy of the routing over the traced texts: share of weight per expert; entropy of a token's
+    weights at a site, mean, nats; share of decisive tokens whose needed expert has the largest weight summed over all sites
+    (None if no token is decisive)."""
     votes_TN = np.concatenate([np.asarray(one.votes) for one in traces])
     needed_T = np.concatenate([np.asarray(one.expected or [-1] * len(one.tokens)) for one in traces])
     decisive = needed_T >= 0
     right = votes_TN.argmax(1)[decisive] == needed_T[decisive]
+    tokens = [len(one.tokens) for one in traces]
     return {
+        "entropy": round(float(np.average([one.entropy or 0.0 for one in traces], weights=tokens)), 4),
         "load": dict(zip(library.names, (votes_TN.sum(0) / votes_TN.sum()).round(4).tolist(), strict=True)),
         "decisive_tokens": int(decisive.sum()),
         "decisive_right": round(float(right.mean()), 4) if decisive.any() else None,

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..base.errors import DataError
 from ..base.files import write_atomic, write_json
 from ..evaluation.results import Results
 from ..evaluation.run import evaluate
@@ -36,8 +37,8 @@ from .data.loader import StepData
 from .recipe import Recipe, ThoughtEvaluation, TrainSettings
 from .stages import Context, Writer
 from .stages_thoughts import fresh_parameters, put_below
-from .tasks import task_of
-from .thought_arms import GENERATING, ThinkingModel, build_thought_arms, fit_temperature
+from .tasks import task_of, with_split
+from .thought_arms import GENERATING, ThinkingModel, build_thought_arms, donor_rows, fit_temperature
 from .thought_model import hidden_size, put_thinking, read_thinking
 from .thought_settings import thought_plan
 
@@ -106,20 +107,45 @@ def _table(
     recipe, settings = context.recipe, context.recipe.evaluate
     names = [name for name in settings.thoughts.arms if _applies(name, recipe, thinker)]
     names = [name for name in names if generating is None or name in generating]
+    fitted = with_split(settings.thoughts.tasks, settings.thoughts.temperature_split)
+    names, notes = _possible(names, tasks, fitted, settings.thoughts.temperature_split)
+    if not names:
+        raise DataError(f"evaluate.thoughts.arms: no arm is left ({'; '.join(notes)})", code="DATA-002")
+    for note in notes:
+        context.event("left_out", message=note)
 
     @cache
     def temperature() -> float:
-        held_out = load_tasks(settings.thoughts.tasks, settings.thoughts, recipe, settings.thoughts.temperature_split)
+        held_out = load_tasks(fitted, settings.thoughts, recipe, settings.thoughts.temperature_split)
         found = fit_temperature(thinker, held_out, settings.batch_tokens, context.device)
         context.event("temperature", value=found)
         return found
 
-    return evaluate(
+    thinker = dataclasses.replace(thinker, donors=donor_rows(tasks, thinker.tokenizer))
+    results = evaluate(
         thinker.policy.model, thinker.tokenizer, tasks, build_thought_arms(names, thinker, temperature),
         device=context.device, batch_tokens=settings.batch_tokens, generate="never" if generating is None else "numbers",
         max_new_tokens=settings.max_new_tokens, bootstrap=settings.bootstrap,
         baseline="no_thought" if "no_thought" in names else names[0], seed=recipe.seed, on_progress=context.progress,
+        arm_tasks={"temperature": tuple(fitted)} if "temperature" in names else None,
     )  # fmt: skip
+    return dataclasses.replace(results, notes=(*results.notes, *notes))
+
+
+def _possible(
+    names: Sequence[str], tasks: Sequence[Task], fitted: Mapping[str, str], split: str
+) -> tuple[list[str], list[str]]:
+    """The arms that these tasks allow, and what must be said of the others. `fitted`: the tasks that have `split`."""
+    kept, notes = list(names), []
+    missing = [task.name for task in tasks if task.name not in fitted]
+    if "temperature" in kept and missing:
+        notes.append(f"temperature: left out for {', '.join(missing)}: no split {split} to fit the number on")
+        if len(missing) == len(tasks):
+            kept.remove("temperature")
+    if "shuffled" in kept and len({item.prompt for task in tasks for item in task.items}) < 2:
+        notes.append("shuffled: left out, since all items have one prompt and there is no other thought to give them")
+        kept.remove("shuffled")
+    return kept, notes
 
 
 def _applies(arm: str, recipe: Recipe, thinker: ThinkingModel) -> bool:

@@ -177,7 +177,8 @@ class ThoughtEvaluation:
     """The table of thoughts. `tasks`: name -> folder or `steps:NAME`; `arms`: its rows (train/thought_arms.py);
     `generated`: tasks with numeric answers that are really generated, thinking before every token, in a table of their own;
     `text`: held-out rows whose gain is shown by the base's entropy; `limit`: items of a task; `temperature_split` fits the
-    temperature arm's one number; `rows`: packed rows of `text`."""
+    temperature arm's one number, on the tasks that have it: the arm leaves the others out, and the table says so; `rows`: packed
+    rows of `text`."""
 
     tasks: dict[str, str] = field(default_factory=dict)
     generated: dict[str, str] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """The rows of the table of thoughts: one model, with its thoughts, without them, and with what should not help.
 
-base          before thoughts were trained: the LoRA on top off        shuffled  every position gets another position's thought
+base          before thoughts were trained: the LoRA on top off        shuffled  every position gets another item's thought
 no_thought    as trained, nothing thought                              pause     START again and again instead of a thought
 untrained     greedy thoughts by START, END and head as they began     random    tokens drawn evenly instead of a thought
 thought       greedy thoughts before every answer token
@@ -13,7 +13,7 @@ anchor. Used by train/evaluate_thoughts.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..base import distributed
-from ..base.errors import RecipeError
+from ..base.errors import DataError, RecipeError
 from ..base.seeding import generator
 from ..evaluation.encoding import encode_task, end_of_text, padding
 from ..evaluation.run import OwnScoring
@@ -38,6 +38,7 @@ from ..evaluation.scoring import (
 )
 from ..evaluation.tasks import Task
 from ..kernels.linear_loss import scores
+from ..kernels.wide_head import unrounded
 from ..routing.on_top import TopLora
 from ..thoughts.anchors import IGNORED, choose_anchors
 from ..thoughts.attention import restore
@@ -56,13 +57,16 @@ GENERATING = ("base", "no_thought", "thought")
 """Arms that can also generate."""
 
 TEMPERATURES = tuple(2.0 ** (step / 8) for step in range(-16, 17))
+NOT_SCORED = -1
+"""Number of a leaf that is not among those scored."""
+
 Arm = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class ThinkingModel:
     """A model with its thoughts, ready to be scored. `top`: where its LoRA lies, None if it has none; `began`: START, END
-    and head before training."""
+    and head before training; `donors`: two items whose thoughts the arm shuffled takes where a batch holds one prompt only."""
 
     policy: Policy
     config: ThoughtConfig
@@ -71,6 +75,7 @@ class ThinkingModel:
     seed: int
     branch_tokens: int
     began: ThoughtParameters | None = None
+    donors: tuple[TreeRow, ...] = ()
 
 
 def build_thought_arms(
@@ -94,27 +99,25 @@ def build_thought_arms(
 
 @contextmanager
 def _plain(thinker: ThinkingModel) -> Iterator[None]:
+    """Logits are not rounded to the model's dtype: those of the arms that think are not either."""
     restore(thinker.policy.model)  # type: ignore[arg-type]
-    yield
+    with unrounded(thinker.policy.model.get_output_embeddings()):
+        yield
 
 
 @contextmanager
 def _without_adapter(thinker: ThinkingModel) -> Iterator[None]:
-    restore(thinker.policy.model)  # type: ignore[arg-type]
-    if thinker.top is None:
-        yield
-        return
-    with thinker.top.bound(None):
+    with _plain(thinker), nullcontext() if thinker.top is None else thinker.top.bound(None):
         yield
 
 
 @contextmanager
 def _tempered(thinker: ThinkingModel, temperature: float) -> Iterator[None]:
-    restore(thinker.policy.model)  # type: ignore[arg-type]
-    head = language_head(thinker.policy.model)
+    head: Any = thinker.policy.model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, inputs, logits: logits / temperature)
     try:
-        yield
+        with _plain(thinker):
+            yield
     finally:
         handle.remove()
 
@@ -149,15 +152,19 @@ def _thinking(thinker: ThinkingModel, name: str) -> Arm:
 def score_tree(thinker: ThinkingModel, arm: str, batch: TreeBatch, into: LeafScores) -> None:
     """Add a batch's predictions to `into`, each made after a thought of its own (evaluation/scoring.py says what is added)."""
     device = batch.token_BT.device
-    rows, leaf_B = leaf_rows(batch.rows, end_of_text(thinker.tokenizer), padding(thinker.tokenizer), device)
+    trees = with_donor(batch.rows, thinker.donors) if arm == "shuffled" else batch.rows
+    rows, leaf_B = leaf_rows(trees, end_of_text(thinker.tokenizer), padding(thinker.tokenizer), device)
     policy, tensors = thinker.policy, thinker.policy.tensors()
     with policy.bind(tensors):
         prefix = run_prefix(policy.model, rows)
     config = replace(scoring_config(thinker.config, arm), limit=int((rows.labels_BT != IGNORED).sum(1).max()))
     anchors = choose_anchors(config, rows, seed=thinker.seed, step=0)
     thoughts = think(thinker, arm, tensors, prefix, rows, anchors, config)
+    if arm == "shuffled":
+        thoughts = shuffled(thoughts, *answer_places(trees, anchors))
+        assert bool((thoughts.anchors.valid_BA == anchors.valid_BA).all()), "every anchor has another item's thought"
     nll_BA, hit_BA = first_token(thinker, tensors, prefix, rows, thoughts)
-    valid_BA = anchors.valid_BA
+    valid_BA = anchors.valid_BA & (leaf_B[:, None] >= 0)
     labels_BA = rows.labels_BT.gather(1, anchors.index_BA.clamp_min(0))
     end_BA = valid_BA & (anchors.index_BA == anchors.index_BA.amax(1, keepdim=True))
     assert bool((labels_BA[end_BA] == end_of_text(thinker.tokenizer)).all())
@@ -172,12 +179,51 @@ def think(
     thinker: ThinkingModel, arm: str, tensors: PolicyTensors, prefix: Prefix, rows: Batch, anchors: Anchors,
     config: ThoughtConfig,
 ) -> Thoughts:  # fmt: skip
-    """The thoughts of an arm: greedy, another anchor's, pauses, or random tokens."""
+    """The thoughts of an arm: greedy, pauses, or random tokens (those of `shuffled` before they are exchanged)."""
     random = generator(thinker.seed, "thoughts", "evaluation", arm)
     per_anchor = rows.tokens_BT.shape[0] * config.tokens
     at_once = max(1, thinker.branch_tokens // per_anchor)
-    found = rollout(thinker.policy, tensors, prefix, rows, anchors, config, random, greedy=True, at_once=at_once)
-    return shuffled(found) if arm == "shuffled" else found
+    return rollout(thinker.policy, tensors, prefix, rows, anchors, config, random, greedy=True, at_once=at_once)
+
+
+def donor_rows(tasks: Sequence[Task], tokenizer: Any) -> tuple[TreeRow, ...]:
+    """The gold answers of two items of different prompts; empty if there are none."""
+    found: dict[str, TreeRow] = {}
+    for task in tasks:
+        for index, item in enumerate(task.items):
+            if item.prompt not in found:
+                (coded,) = encode_task(task, tokenizer, [index], None)
+                found[item.prompt] = TreeRow(coded.ref, coded.prompt, (coded.leaves[coded.gold],), NOT_SCORED)
+            if len(found) == 2:
+                return tuple(found.values())
+    return ()
+
+
+def with_donor(rows: Sequence[TreeRow], donors: Sequence[TreeRow]) -> tuple[TreeRow, ...]:
+    """Rows of one prompt, and one of another, which is not scored; others as they are. DataError DATA-001 if there is none."""
+    prompts = {row.prompt for row in rows}
+    if len(prompts) > 1:
+        return tuple(rows)
+    other = next((row for row in donors if row.prompt not in prompts), None)
+    if other is None:
+        raise DataError("evaluate.thoughts.arms: 'shuffled' needs items of two different prompts", code="DATA-001")
+    return (*rows, other)
+
+
+def answer_places(rows: Sequence[TreeRow], anchors: Anchors) -> tuple[Tensor, Tensor]:
+    """(slot, group) int64 [B, A], what `shuffled` exchanges by: the number of the answer's token, as far as answers to two
+    prompts have one, END with END; and one group a prompt, because what its choices think before their first token is the same.
+    """
+    prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
+    longest = [0] * len(prompts)
+    for row in rows:
+        longest[prompts[row.prompt]] = max(longest[prompts[row.prompt]], *map(len, row.leaves))
+    shared = sorted(longest)[-2]
+    group_B = torch.tensor([prompts[row.prompt] for row in rows for _ in row.leaves], device=anchors.index_BA.device)
+    valid_BA = anchors.valid_BA
+    number_BA = (valid_BA.cumsum(1) - 1).clamp(0, shared - 1)
+    end_BA = valid_BA & (anchors.index_BA == anchors.index_BA.amax(1, keepdim=True))
+    return number_BA.masked_fill(end_BA, shared), group_B[:, None].expand_as(valid_BA)
 
 
 def scoring_config(config: ThoughtConfig, arm: str) -> ThoughtConfig:
@@ -211,7 +257,11 @@ def first_token(
 
 def leaf_rows(rows: Sequence[TreeRow], eos: int, pad: int, device: Any) -> tuple[Batch, Tensor]:
     """(every continuation behind its prompt as a row of its own, the number of each leaf). Labels: its tokens, then end."""
-    pairs = [(row.prompt, leaf, row.first_leaf + n) for row in rows for n, leaf in enumerate(row.leaves)]
+    pairs = [
+        (row.prompt, leaf, row.first_leaf + n if row.first_leaf >= 0 else NOT_SCORED)
+        for row in rows
+        for n, leaf in enumerate(row.leaves)
+    ]
     width = max(len(prompt) + len(leaf) for prompt, leaf, _ in pairs)
     tokens, labels, segments = [], [], []
     for prompt, leaf, _ in pairs:
@@ -239,7 +289,11 @@ def fit_temperature(thinker: ThinkingModel, tasks: Sequence[Task], batch_tokens:
         for task in tasks
         for item in encode_task(task, tokenizer, range(here.rank, len(task.items), here.size), None)
     ]
-    with scoring_attention(model, max((len(i.prompt) + len(i.leaves[0]) + 1 for i in items), default=0)):
+    head: Any = model.get_output_embeddings()
+    with (
+        unrounded(head),
+        scoring_attention(model, max((len(i.prompt) + len(i.leaves[0]) + 1 for i in items), default=0)),
+    ):
         for part in tree_batches(tree_rows(items), batch_tokens, model.config.vocab_size):
             batch = collate(part, eos, pad, device)
             with logits_only_at(model, batch.source_U):

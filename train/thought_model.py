@@ -88,7 +88,7 @@ def put_thinking(model: Any, thinking: Thinking) -> TopLora | None:
     top = None
     if thinking.adapter is not None:
         top = place_adapter(model, thinking.adapter)
-        top.use(flat_of(thinking.adapter, top.layout).to(model.device))
+        top.use(flat_of(thinking.adapter, top.layout))
     attach_thoughts(model, ThoughtState(thinking.parameters, thinking.config))
     return top
 

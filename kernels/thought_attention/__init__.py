@@ -53,7 +53,8 @@ def thought_attention(
                    start 0 (one document a row, every position an anchor): stock causal kernels apply. Some may be
                    padding (-1 in the place of their position)
     implementation reference: dense mask, plain softmax, any dtype. stock: the framework's flash kernels for the prefix.
-                   triton: own kernels, fp16, bf16, fp32. auto: triton on a GPU, stock elsewhere
+                   triton: own kernels, fp16, bf16, fp32. auto: triton on a GPU, stock elsewhere; README.md, "Which one
+                   runs", has the figures and the one case where stock kernels are faster
 
     Statistics and sums are fp32 (fp64 inputs: fp64). No synchronisation with the host; every shape depends on shapes
     only. Gradients of q, the prefix's k and v (summed over all branches) and own k and v, first order only; a slot of

@@ -14,7 +14,7 @@ from quietgoose.thoughts.parameters import ThoughtParameters
 from quietgoose.thoughts.policy import ModelPolicy
 from quietgoose.thoughts.prefix import run_prefix
 from quietgoose.thoughts.rollout import rollout
-from quietgoose.thoughts.scoring import score_thoughts, shuffled
+from quietgoose.thoughts.scoring import score_thoughts
 from quietgoose.thoughts.types import Thoughts
 
 from .naive import VOCABULARY, TestRows, document_of, llama, naive_branch, packed, policy_of, qwen2
@@ -144,23 +144,12 @@ def test_at_weight_zero_the_mixed_loss_is_the_base_loss(dtype) -> None:
     with torch.no_grad():
         prefix = run_prefix(model, ROWS)
     ahead = ahead_of(policy, ROWS, thoughts, config)
-    assert torch.equal(ahead.mixed_BASJD, ahead.base_BAJD.unsqueeze(2).expand_as(ahead.mixed_BASJD))
+    assert torch.equal(ahead.mixed_BASJD, ahead.base_BAJD.unsqueeze(2).expand_as(ahead.mixed_BASJD).float())
     scores = score_thoughts(policy, tensors, prefix, ROWS, thoughts, config)
     torch.testing.assert_close(
         scores.mixed_BASJ, scores.base_BAJ.unsqueeze(2).expand_as(scores.mixed_BASJ), rtol=2e-6, atol=2e-6
     )
     assert float(scores.base_BAJ.sum()) > 1
-
-
-def test_shuffled_thoughts_are_those_of_other_anchors() -> None:
-    policy = policy_of(llama(), CONFIG)
-    thoughts = thoughts_of(policy, ROWS)
-    valid = thoughts.anchors.valid_BA
-    marked = thoughts.with_tokens(torch.arange(valid.numel()).view(*valid.shape, 1, 1).expand_as(thoughts.tokens_BAST))
-    names = shuffled(marked).tokens_BAST[..., 0, 0]
-    assert sorted(names[valid].tolist()) == marked.tokens_BAST[..., 0, 0][valid].tolist()
-    assert bool((names != marked.tokens_BAST[..., 0, 0])[valid].all())
-    assert torch.equal(shuffled(marked).anchors.index_BA, marked.anchors.index_BA)
 
 
 def test_scores_in_chunks_equal_scores_at_once() -> None:

@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from quietgoose.base.errors import DataError
 from quietgoose.evaluation.encoding import encode_task
 from quietgoose.evaluation.run import evaluate
 from quietgoose.evaluation.scoring import LeafScores, collate, score_batch, tree_rows
@@ -18,11 +19,19 @@ from quietgoose.routing.sites import AdapterLayout, all_sites
 from quietgoose.thoughts.config import preset
 from quietgoose.thoughts.parameters import ThoughtParameters
 from quietgoose.thoughts.policy import ModelPolicy
-from quietgoose.train import thought_deciles
+from quietgoose.thoughts.types import Thoughts
+from quietgoose.train import thought_arms, thought_deciles
 from quietgoose.train.data.build import build_step_data
 from quietgoose.train.nano import build_nano
 from quietgoose.train.recipe import DataSettings, NanoSettings, SourceSettings, ThoughtArmName, TrainSettings
-from quietgoose.train.thought_arms import TEMPERATURES, ThinkingModel, build_thought_arms, fit_temperature, score_tree
+from quietgoose.train.thought_arms import (
+    TEMPERATURES,
+    ThinkingModel,
+    build_thought_arms,
+    donor_rows,
+    fit_temperature,
+    score_tree,
+)
 
 SMALL = NanoSettings(layers=2, width=32, heads=2, kv_heads=1, mlp_width=48, context=128)
 ROWS = [{"prompt": f"ab{n} ", "completion": " cd"[: 1 + n % 3], "target": "x"} for n in range(7)]
@@ -98,6 +107,66 @@ def test_at_mixing_weight_0_every_thought_is_no_thought() -> None:
         torch.testing.assert_close(leaves.sum_L, plain.sum_L, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(leaves.end_L, plain.end_L, rtol=1e-5, atol=1e-5)
         assert torch.equal(leaves.missed_L, plain.missed_L)
+
+
+def test_arms_without_thoughts_see_unrounded_logits_too(thinker) -> None:
+    """In bf16, as the arms that think; the model's own logits are 10 times as far away."""
+    model = thinker.policy.model.to(torch.bfloat16)
+    items = encode_task(tasks()[0], thinker.tokenizer, range(7), None)
+    batch = collate(tree_rows(items), 257, 256, "cpu")
+    arms = build_thought_arms(["no_thought", "base", "temperature"], thinker, lambda: 2.0)
+    hidden = torch.randn(5, 32).bfloat16()
+    want = hidden.double() @ model.lm_head.weight.double().t()
+    for name, factor in (("no_thought", 1.0), ("base", 1.0), ("temperature", 2.0)):
+        with torch.no_grad(), arms[name]():
+            assert float((model.lm_head(hidden) - want / factor).abs().max()) < 1e-4
+            leaves = LeafScores.zeros(7, "cpu")
+            score_batch(model, batch, leaves)
+            assert bool((leaves.sum_L < 0).all())
+    assert float((model.lm_head(hidden) - want).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_shuffled_gives_no_item_a_thought_of_its_own(thinker, monkeypatch) -> None:
+    """Answer tokens have those of another prompt's answer, END another END; a prompt alone in its batch is given a donor's."""
+    taken: list[tuple] = []
+
+    def think(thinker, arm, tensors, prefix, rows, anchors, config):
+        index_BA = anchors.index_BA
+        marks = torch.arange(index_BA.shape[0])[:, None] * 1000 + index_BA
+        tokens = marks[..., None, None].expand(*marks.shape, 1, config.tokens)
+        return Thoughts(tokens, torch.zeros(tokens.shape), anchors)
+
+    def first_token(thinker, tensors, prefix, rows, thoughts):
+        taken.append((rows, thoughts))
+        return torch.ones(thoughts.anchors.index_BA.shape), torch.ones_like(thoughts.anchors.valid_BA)
+
+    monkeypatch.setattr(thought_arms, "think", think)
+    monkeypatch.setattr(thought_arms, "first_token", first_token)
+    with_donors = replace(thinker, donors=donor_rows(tasks(), thinker.tokenizer))
+    items = [i for task in tasks() for i in encode_task(task, thinker.tokenizer, range(4), None)]
+    for some in (items, items[:1], items[-1:], items[3:5]):
+        rows = tree_rows(some, max_row=6)  # choices of one prompt in several rows
+        leaves = LeafScores.zeros(sum(len(item.leaves) for item in some), "cpu")
+        score_tree(with_donors, "shuffled", collate(rows, 257, 256, "cpu"), leaves)
+        assert -leaves.sum_L.sum() == sum(len(leaf) for item in some for leaf in item.leaves), (
+            "each token is scored once"
+        )
+        assert bool((leaves.end_L == -1).all()), "and each end, the donor's nowhere"
+        batch, thoughts = taken.pop()
+        valid = thoughts.anchors.valid_BA
+        first = [int(p) for p in torch.where(valid, thoughts.anchors.index_BA, 9999).amin(1)]
+        last = [int(p) for p in torch.where(valid, thoughts.anchors.index_BA, -1).amax(1)]
+        prompts = [tuple(batch.tokens_BT[row, : first[row] + 1].tolist()) for row in range(len(first))]
+        for row, slot in valid.nonzero().tolist():
+            here, mark = int(thoughts.anchors.index_BA[row, slot]), int(thoughts.tokens_BAST[row, slot, 0, 0])
+            other, place = divmod(mark, 1000)
+            assert prompts[other] != prompts[row]
+            assert (place == last[other]) == (here == last[row]), "END has read a whole answer"
+            if here < last[row] and here - first[row] < last[other] - first[other]:
+                assert place - first[other] == here - first[row]
+    with pytest.raises(DataError, match="two different prompts"):
+        score_tree(thinker, "shuffled", collate(tree_rows(items[:1]), 257, 256, "cpu"), leaves)
 
 
 def test_all_arms_of_a_table_and_the_model_as_it_was(thinker) -> None:

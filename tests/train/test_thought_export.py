@@ -124,6 +124,25 @@ def test_a_loaded_model_has_the_same_logits_bit_for_bit(base, tmp_path, over: st
     assert loaded.generate(TOKENS, max_new_tokens=3, do_sample=False, thoughts=True).shape == (2, TOKENS.shape[1] + 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_loaded_model_can_be_cast(base, tmp_path, dtype) -> None:
+    """LoRA and experts follow the weights, with thoughts and without; what is on the disk stays."""
+    folder = exported(base, tmp_path, "routed", library_of(base.model))
+    kept, loaded = export.load(folder, thoughts=True), export.load(folder, thoughts=True)
+    names = set(kept.state_dict())
+    loaded.to(dtype)
+    assert set(loaded.state_dict()) == names
+    for thoughts in (False, True):
+        text = loaded.generate(TOKENS, max_new_tokens=3, do_sample=False, thoughts=thoughts)
+        assert text.shape == (2, TOKENS.shape[1] + 3)
+    with torch.no_grad():
+        found, wanted = loaded(TOKENS).logits, kept(TOKENS).logits
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.1)
+    loaded.to("meta")
+    assert loaded(TOKENS.to("meta")).logits.is_meta
+
+
 def test_what_load_gives_by_default(base, tmp_path) -> None:
     library = library_of(base.model)
     folder = exported(base, tmp_path, "routed", library)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,7 +42,15 @@ def run(output: Path, *options: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_a_run_without_experts(tmp_path: Path, trainable: str) -> None:
     dtype = "float32" if trainable == "full" else "bfloat16"
-    done = run(tmp_path / "run", "--thoughts.trainable", trainable, "--base.dtype", dtype)
+    only_test = tmp_path / "ranked"
+    only_test.mkdir()
+    rows = [{"prompt": f"q{n}", "completion": "no", "choices": ["no", "yes"], "answer": n % 2} for n in range(3)]
+    (only_test / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tasks = {"questions": "steps:permutations-direct,k=2", "ranked": str(only_test)}
+    done = run(
+        tmp_path / "run", "--thoughts.trainable", trainable, "--base.dtype", dtype, "--evaluate.thoughts.tasks",
+        json.dumps(tasks),
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "thoughts save" in done.stderr
     evaluated = tmp_path / "run" / "stages" / "evaluate" / "result"
@@ -49,6 +58,10 @@ def test_a_run_without_experts(tmp_path: Path, trainable: str) -> None:
     missing = {"base", "untrained"} if trainable == "full" else set()
     every = {"base", "no_thought", "untrained", "thought", "shuffled", "pause", "random", "temperature"}
     assert set(table["arms"]) == every - missing
+    fitted = [cell["task"] for cell in table["cells"] if cell["arm"] == "temperature"]
+    assert fitted == ["questions"], "ranked has no split to fit on"
+    assert table["notes"] == ["temperature: left out for ranked: no split validation to fit the number on"]
+    assert table["notes"][0] in (evaluated / "thoughts.md").read_text()
     assert set(read_json(evaluated / "generated.json")["arms"]) == {"base", "no_thought", "thought"} - missing
     assert len(read_json(evaluated / "deciles.json")["deciles"]) == 10
     assert not (evaluated / "results.json").exists()

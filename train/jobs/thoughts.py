@@ -9,13 +9,14 @@ one autograd function (thoughts/gradient.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...base.seeding import derive
+from ...routing.choices import recorded_choices, scoring_sites
 from ...routing.on_top import FlatLora, TopLora
 from ...thoughts import stats
 from ...thoughts.baseline import MovingBaseline
@@ -28,6 +29,9 @@ from ...thoughts.types import TERMS
 from ..recipe import ThoughtSettings
 from ..thought_settings import rollout_anchors
 from ..types import Batch, LossTerms
+
+FLIPS_EVERY = 50
+"""Steps between two counts of routing choices that differ between rollout and gradient pass: two branch passes more of a chunk."""
 
 GAP_EVERY = 10
 """Steps between two measurements of an anchor's own thought against another's, which cost one more branch pass."""
@@ -91,6 +95,7 @@ class ThoughtJob(nn.Module):
         self.baseline = (
             None if decay is None or not self.thinks else MovingBaseline(self.policy.tensors().adapters, decay)
         )
+        self.routed = self.thinks and bool(scoring_sites(model))
         self.seed = derive(seed, "thoughts")
         self.graphs = RolloutGraphs() if settings.capture == "auto" else None
         self._step, self._first = 0, True
@@ -140,8 +145,12 @@ class ThoughtJob(nn.Module):
             baseline_BL=self._baseline(batch),
             graphs=self.graphs,
             measure_gap=self.thinks and self._step % GAP_EVERY == 0,
+            choices=self._choices if self.routed and self._step % FLIPS_EVERY == 0 else None,
         )
         return LossTerms(loss.sums, loss.total, loss.stats)
+
+    def _choices(self) -> AbstractContextManager[list[Tensor]]:
+        return recorded_choices(self.policy.model)
 
     def _baseline(self, batch: Batch) -> Tensor | None:
         """What rewards are measured against, if that is the moving average; it moves at a step's first micro-batch."""
