@@ -9,7 +9,7 @@ THREADS = $(if $(filter cpu,$(DS_ACCELERATOR)),OMP_NUM_THREADS=1 )
 PROCESSES = $(if $(filter cpu,$(DS_ACCELERATOR)),--num_accelerators 2,)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo install test test-all lint doctor clean
+.PHONY: demo install test test-all test-transformers-oldest lint doctor clean
 
 demo: install
 	$(THREADS)deepspeed --log_level warning $(PROCESSES) launch/train.py --config launch/recipes/nano_demo.yaml
@@ -32,6 +32,21 @@ test: install
 
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+
+# The oldest transformers that pyproject.toml allows, with what depends on its version: the cache's plug and the models it reads.
+# Its environment sees the packages of $(VENV) and puts the older transformers before them.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+OLD_VENV := .venv-transformers-$(OLDEST)
+
+test-transformers-oldest: $(OLD_VENV)/.installed
+	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -m "not gpu" tests/cache
+
+$(OLD_VENV)/.installed: $(STAMP)
+	$(BIN)/python -m venv --without-pip $(OLD_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+	  > "$$($(OLD_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/underneath.pth"
+	$(BIN)/python -m pip --python $(OLD_VENV)/bin/python install -q "transformers==$(OLDEST).*"
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,10 +1,15 @@
-"""Randomness is a generator made from a seed and names, so that adding one consumer never shifts another."""
+"""Randomness is a generator made from a seed and names, so that adding one consumer never shifts another.
+
+Imports torch only when a generator is made: recipes are checked without it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -15,4 +20,6 @@ def derive(seed: int, *names: str | int) -> int:
 
 def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on `device`, seeded by `derive`."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(derive(seed, *names))

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from quietgoose.base.errors import RecipeError
 from quietgoose.base.files import check_writable, storing
 from quietgoose.launch.command import run_command
+from quietgoose.train.checks import check_store
 
 Generation = Literal["never", "numbers", "always"]
 
@@ -43,6 +44,9 @@ def evaluate(
     bootstrap: int = 1000,
     seed: int = 0,
     device: str | None = None,
+    tracking_uri: str | None = None,
+    experiment: str = "quietgoose",
+    credentials: str | None = None,
 ) -> None:
     """Evaluate an exported folder.
 
@@ -64,6 +68,9 @@ def evaluate(
         bootstrap: resamples of the intervals
         seed: of the bootstrap, random gates and merges
         device: auto, cpu, cuda, cuda:1, ...; by default a GPU if there is one
+        tracking_uri: log the tables to MLflow there: sqlite:///PATH or http(s)://...; by default they are only written
+        experiment: MLflow's experiment
+        credentials: a 0600 file with token, or username and password, for MLflow
     """
     target = Path(out).expanduser()
     if target.suffix != ".json":
@@ -73,6 +80,7 @@ def evaluate(
     )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":  # who will write
         check_writable(target, f"--out {out}")
+    check_store("--tracking-uri", tracking_uri, credentials)
     folder = Path(model).expanduser()
     manifest = _language_manifest(folder, model)
     from quietgoose.evaluation.tasks import find_tasks, load_task
@@ -117,6 +125,8 @@ def evaluate(
         with storing(f"--out {out}"):
             paths = write_results(results, target.parent, f"{folder.name} on {split}", facts, target.stem)
         print("written:", *paths)
+        if tracking_uri is not None:
+            print(_logged(tracking_uri, experiment, credentials, paths, facts, results))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -124,6 +134,18 @@ def evaluate(
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of the error, whose text goes to stderr."""
     return run_command(evaluate, argv)
+
+
+def _logged(
+    uri: str, experiment: str, credentials: str | None, paths: Sequence[Path], facts: Mapping[str, Any], results: Any
+) -> str:
+    """The tables as one MLflow run; its metrics are the means of every group of tasks. How it went."""
+    from quietgoose.train.tracking import log_tables
+
+    values = {f"accuracy/{mean.arm}/{mean.group}": mean.accuracy.value for mean in results.means}
+    values |= {f"nats/{mean.arm}/{mean.group}": mean.nats.value for mean in results.means}
+    name = f"{facts['model']}: {paths[0].stem}"
+    return log_tables(uri, experiment, credentials, paths[0].parent, name, facts, values, paths)
 
 
 def _at_least_one(**numbers: int | None) -> None:

@@ -110,7 +110,6 @@ def _accelerator() -> Iterator[Finding]:
         free = torch.cuda.mem_get_info(0)[0] / 2**30
         found = f"{torch.cuda.device_count()} x {', '.join(names)}, {free:.0f} GiB free, CUDA {torch.version.cuda}"
         yield Finding("GPU", "ok", found)
-        yield from _gpu_packages()
     elif driver and torch.version.cuda is None:
         yield Finding("GPU", "note", f"{driver}, but this torch is built for the CPU", "install torch with CUDA")
     elif driver:
@@ -118,6 +117,7 @@ def _accelerator() -> Iterator[Finding]:
         yield Finding("GPU", "note", f"{driver}, but torch (CUDA {torch.version.cuda}) cannot use it", advice)
     else:
         yield Finding("GPU", "ok", "none; runs on the CPU (for real work take a GPU)")
+    yield from _gpu_packages(torch.cuda.is_available())
 
 
 def _driver() -> str:
@@ -132,28 +132,44 @@ def _driver() -> str:
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
 
 
-def _gpu_packages() -> Iterator[Finding]:
-    import torch
-
-    advice = "pip install 'quietgoose[gpu]' --no-build-isolation (needs CUDA_HOME); without it attention is sdpa"
-    if importlib.util.find_spec("flash_attn") is None:
-        yield Finding("flash-attn", "note", "not installed", advice)
-    else:
-        problem = _run_python("import flash_attn_2_cuda", {})
-        version = importlib.metadata.version("flash-attn")
-        fix = f"rebuild it against torch {torch.__version__}: {advice}"
-        yield Finding("flash-attn", "missing" if problem else "ok", problem or version, fix if problem else "")
-    triton = importlib.util.find_spec("triton") is not None
-    found = importlib.metadata.version("triton") if triton else "not installed"
-    yield Finding("triton", "ok" if triton else "note", found, "" if triton else "pip install 'quietgoose[gpu]'")
+def _gpu_packages(gpu: bool) -> Iterator[Finding]:
+    """flash-attn, triton and the CUDA toolkit, said on every machine; without a GPU they are not used and nothing is advised."""
+    yield _flash_attention(gpu)
+    triton = _version_of("triton")
+    fix = "" if triton or not gpu else "pip install 'quietgoose[gpu]'"
+    yield Finding("triton", "note" if fix else "ok", triton or _absent(gpu), fix)
     toolkit = os.environ.get("CUDA_HOME") or (str(Path(nvcc).parents[1]) if (nvcc := shutil.which("nvcc")) else "")
-    fix = "" if toolkit else "only needed to build flash-attn or DeepSpeed's fused optimizers"
-    yield Finding("CUDA toolkit", "ok" if toolkit else "note", toolkit or "none", fix)
+    fix = "" if toolkit or not gpu else "only needed to build flash-attn or DeepSpeed's fused optimizers"
+    yield Finding("CUDA toolkit", "note" if fix else "ok", toolkit or _absent(gpu), fix)
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if "a" in architectures.lower():
         yield Finding(
             "TORCH_CUDA_ARCH_LIST", "note", architectures, "DeepSpeed cannot parse it; set 9.0 instead of 9.0a"
         )
+
+
+def _flash_attention(gpu: bool) -> Finding:
+    import torch
+
+    advice = "pip install 'quietgoose[gpu]' --no-build-isolation (needs CUDA_HOME); without it attention is sdpa"
+    version = _version_of("flash-attn")
+    if not version or not gpu:
+        return Finding("flash-attn", "note" if gpu else "ok", version or _absent(gpu), advice if gpu else "")
+    problem = _run_python("import flash_attn_2_cuda", {})
+    fix = f"rebuild it against torch {torch.__version__}: {advice}" if problem else ""
+    return Finding("flash-attn", "missing" if problem else "ok", problem or version, fix)
+
+
+def _version_of(distribution: str) -> str:
+    """Empty if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _absent(gpu: bool) -> str:
+    return "not installed" if gpu else "not installed; only a GPU uses it"
 
 
 def _memory() -> Iterator[Finding]:
@@ -174,8 +190,11 @@ def _memory() -> Iterator[Finding]:
 
 def _disk(folder: Path) -> Iterator[Finding]:
     place = folder.resolve()
-    while not place.exists():
+    while not os.path.lexists(place):
         place = place.parent
+    if not place.is_dir():
+        yield Finding(f"writing to {folder}", "missing", f"{place} is a file", "choose another output folder")
+        return
     free = shutil.disk_usage(place).free / 2**30
     enough = free >= REQUIRED_DISK_GIB
     advice = f"free {REQUIRED_DISK_GIB:.0f} GiB, or choose another output folder"

@@ -15,7 +15,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,7 @@ class Sink:
     """Sends events to one MLflow experiment. `push` sends the next few and returns how many."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        os.environ.update(ENVIRONMENT)
-        names = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
-        for key, value in settings["secrets"].items():
-            os.environ[names.get(key, "MLFLOW_TRACKING_TOKEN")] = value
-            redact.add(value)
-        import mlflow
-        from mlflow.tracking import MlflowClient
-
-        mlflow.set_tracking_uri(settings["uri"])
-        self.client = MlflowClient(settings["uri"])
+        self.client = open_client(settings)
         self.settings = settings
         self.folder = Path(settings["folder"])
         self.place = self._load()
@@ -159,7 +151,8 @@ class Sink:
         if "run_id" in self.place:
             self.client.update_run(self.place["run_id"], status="RUNNING")
         else:
-            run = self.client.create_run(self._experiment(), start_time=_millis(event), run_name=event["name"])
+            experiment = experiment_of(self.client, self.settings)
+            run = self.client.create_run(experiment, start_time=_millis(event), run_name=event["name"])
             self.place["run_id"] = run.info.run_id
             self._save()
             self._parameters(event)
@@ -171,18 +164,8 @@ class Sink:
             self.monitor = SystemMetricsMonitor(self.place["run_id"], resume_logging=resumed, tracking_uri=uri)
             self.monitor.start()
 
-    def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.settings["experiment"])
-        if found is not None:
-            return found.experiment_id
-        return self.client.create_experiment(self.settings["experiment"], self.settings["artifacts"])
-
     def _parameters(self, event: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        pairs = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in event["settings"].items()]
-        for start in range(0, len(pairs), BATCH_PARAMETERS):
-            self.client.log_batch(self.place["run_id"], params=pairs[start : start + BATCH_PARAMETERS])
+        log_parameters(self.client, self.place["run_id"], event["settings"])
 
     def _stage_started(self, event: dict[str, Any]) -> None:
         stage = event["stage"]
@@ -243,6 +226,50 @@ class Sink:
                 self.client.set_terminated(run, "KILLED")
         self.place["status"] = "KILLED"
         self._save()
+
+
+def open_client(settings: Mapping[str, Any]) -> Any:
+    """MLflow's client for `sink_settings`; what MLflow reads from the environment is set first."""
+    os.environ.update(ENVIRONMENT)
+    names = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
+    for key, value in settings["secrets"].items():
+        os.environ[names.get(key, "MLFLOW_TRACKING_TOKEN")] = value
+        redact.add(value)
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    mlflow.set_tracking_uri(settings["uri"])
+    return MlflowClient(settings["uri"])
+
+
+def experiment_of(client: Any, settings: Mapping[str, Any]) -> str:
+    found = client.get_experiment_by_name(settings["experiment"])
+    if found is not None:
+        return found.experiment_id
+    return client.create_experiment(settings["experiment"], settings["artifacts"])
+
+
+def log_parameters(client: Any, run: str, settings: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    pairs = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in settings.items()]
+    for start in range(0, len(pairs), BATCH_PARAMETERS):
+        client.log_batch(run, params=pairs[start : start + BATCH_PARAMETERS])
+
+
+def log_whole_run(
+    settings: Mapping[str, Any], name: str, facts: Mapping[str, Any], values: Mapping[str, float], files: Sequence[Path]
+) -> str:
+    """A run that is over: parameters, metrics and files at once. Returns its id; raises what MLflow raises."""
+    client = open_client(settings)
+    event = {"time": time.time()}
+    run = client.create_run(experiment_of(client, settings), start_time=_millis(event), run_name=name).info.run_id
+    log_parameters(client, run, facts)
+    client.log_batch(run, metrics=_metrics(values, event, 0))
+    for file in files:
+        client.log_artifact(run, str(file))
+    client.set_terminated(run, "FINISHED", _millis({"time": time.time()}))
+    return run
 
 
 def step_values(event: Mapping[str, Any]) -> dict[str, float]:

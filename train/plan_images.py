@@ -4,7 +4,8 @@ image decoded but the first.
     python launch/train.py --config launch/recipes/urepa_cifar.yaml --dry_run
 
 Memory: weights, gradients, AdamW's moments as train/plan.py, the moving average 4 bytes a parameter of the backbone (divided over the
-processes above ZeRO-0). Activations are not counted.
+processes above ZeRO-0), and the peak of a micro-batch as train/image_memory.py finds it. The teacher is not counted where its tokens
+come from elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .compare_settings import launch_lines, run_names
 from .data.image_sources import open_source, to_array
 from .data.image_steps import image_share
 from .image_flops import meta_backbone, meta_projector, training_flops
+from .image_memory import step_bytes
+from .jobs.urepa import TeacherShape
 from .plan import CHECKPOINT_BYTES, ZERO_STAGES, size, state_bytes
 from .recipe import Recipe
 from .strategy import load_strategy
@@ -29,7 +32,8 @@ SHOWN_GPUS = 4
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """`shape`: what the U-Net sees. `flops`: of one image in one training step, forward and backward, without the teacher."""
+    """`shape`: what the U-Net sees. `flops`: of one image in one training step, forward and backward, without the teacher.
+    `memory`: bytes of one process by ZeRO stage, `activations` of them only while a micro-batch is computed."""
 
     shape: tuple[int, int, int]
     num_classes: int
@@ -42,6 +46,7 @@ class ImagePlan:
     steps: int
     rows: int
     micro_batches: int
+    activations: int
     memory: dict[int, int]
     chosen: int
     checkpoint: int
@@ -60,12 +65,17 @@ def make_image_plan(recipe: Recipe, world: int = 1) -> ImagePlan:
         projector = sum(p.numel() for p in meta_projector(unet, settings.align, dim, grid).parameters())
     share = image_share(train.rows_per_expert, train.micro_rows, world)
     align = settings.align if recipe.teacher.kind != "none" else None
+    shown = TeacherShape(dim, grid, own=recipe.teacher.kind == "ema") if align is not None else None
+    activations = step_bytes(settings, shape, classes, shown, share.rows)
+    lasting = activations + (AVERAGE_BYTES * backbone if shown is not None and shown.own else 0)
     strategy = load_strategy(train.strategy or recipe.strategy)
     return ImagePlan(
         shape, classes, images, backbone, projector, tap, f"{recipe.teacher.kind}, {grid[0]}x{grid[1]} tokens of width {dim}",
         flops=training_flops(settings.backbone, align, shape, classes, dim, grid), steps=train.steps,
-        rows=train.rows_per_expert, micro_batches=share.micros,
-        memory={z: state_bytes(backbone + projector, 0, z, world) + average_bytes(backbone, z, world) for z in ZERO_STAGES},
+        rows=train.rows_per_expert, micro_batches=share.micros, activations=activations,
+        memory={
+            z: state_bytes(backbone + projector, 0, z, world) + average_bytes(backbone, z, world) + lasting for z in ZERO_STAGES
+        },
         chosen=int(strategy["zero_optimization"]["stage"]),
         checkpoint=(backbone + projector) * CHECKPOINT_BYTES + backbone * AVERAGE_BYTES,
     )  # fmt: skip
@@ -109,6 +119,10 @@ def teacher_tokens(recipe: Recipe, shape: tuple[int, int, int], unet: Any) -> tu
     return dim, grid if teacher.grid is None else (teacher.grid, teacher.grid)
 
 
+def _compiled(recipe: Recipe) -> str:
+    return ", less when compiled" if recipe.urepa.compile else ""
+
+
 def show_image_plan(recipe: Recipe, world: int = 1, arguments: Sequence[str] = ()) -> ImagePlan:
     """Print the plan as tables on stdout; returns it. `arguments`: the command line, for the commands of a comparison."""
     import sys
@@ -136,10 +150,9 @@ def show_image_plan(recipe: Recipe, world: int = 1, arguments: Sequence[str] = (
     )
     table.add_row("checkpoint", size(plan.checkpoint))
     table.add_row("processes", str(world))
+    table.add_row("a micro-batch", f"{size(plan.activations)} of activations and work space{_compiled(recipe)}")
     console.print(table)
-    memory = Table(
-        "", *(f"ZeRO-{z}" for z in ZERO_STAGES), title="memory of one process without activations, estimated"
-    )
+    memory = Table("", *(f"ZeRO-{z}" for z in ZERO_STAGES), title="memory of one process, estimated")
     memory.add_row("urepa", *(size(plan.memory[z]) + (" *" if z == plan.chosen else "") for z in ZERO_STAGES))
     console.print(memory)
     if "compare" in recipe.stages:

@@ -29,6 +29,7 @@ from .redaction import redact
 from .safe_yaml import read_yaml
 
 OWN_OPTIONS = ("config", "print_config", "dry_run", "local_rank", "help")
+OF_ONE_VALUE = 'Parser key "value": '
 # settings that change no trained number: they may differ between a run and its continuation
 HARMLESS = (
     "name",
@@ -65,6 +66,10 @@ def parse_command(argv: Sequence[str]) -> Command:
     _refuse_unknown(arguments)
     own, settings_given = _own_options().parse_known_args(arguments)
     parser = _parser()
+    if {"-h", "--help"} & set(settings_given):
+        from .settings_help import explain
+
+        explain(parser, Recipe)
     try:
         namespace = parser.instantiate(parser.parse_args(settings_given))
     except SystemExit as stop:
@@ -72,7 +77,7 @@ def parse_command(argv: Sequence[str]) -> Command:
     except Exception as error:
         if isinstance(error, QuietGooseError):
             raise
-        _raise(_bad_values(settings_given) or [("CFG-003", _one_line(error))], error)
+        _raise(_bad_values(settings_given) or [("CFG-003", _said_by_parser(error))], error)
     return Command(_checked(_as_recipe(namespace)), own.dry_run, own.local_rank)
 
 
@@ -275,22 +280,20 @@ def _dataclass_in(hint: Any) -> tuple[type | None, bool]:
 
 
 def _bad_values(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """One message for every single value that its type refuses; the parser alone would stop at the first."""
-    parser = _parser()
+    """One message for every single value that its type refuses; the parser alone would stop at the first. Each is tried with a
+    parser of that one type: the parser of the whole recipe takes a tenth of a second a value."""
     problems: list[tuple[str, str]] = []
     for path in _config_files(arguments):
         for key, value in _leaves(read_yaml(path), Recipe, ""):
-            nested: Any = value
-            for part in reversed(key.split(".")):
-                nested = {part: nested}
-            problems += _try(lambda content=nested: parser.parse_object(content), f"{path}: {key}: {value!r}")
-    options = [(n, a) for n, a in enumerate(arguments) if a.startswith("--")]
-    for number, argument in options:
-        if argument.split("=")[0] in ("--config", "--print_config"):
+            problems += _try_value(key, value, f"{path}: {key}: {value!r}")
+    for number, argument in enumerate(arguments):
+        key, assigned, text = argument.partition("=")
+        if not argument.startswith("--") or key.lstrip("-") in OWN_OPTIONS:
             continue
-        has_value = "=" not in argument and number + 1 < len(arguments) and not arguments[number + 1].startswith("--")
-        words = [argument, arguments[number + 1]] if has_value else [argument]
-        problems += _try(lambda given=words: parser.parse_args(given), " ".join(words))
+        if not assigned and number + 1 < len(arguments) and not arguments[number + 1].startswith("--"):
+            text = arguments[number + 1]
+        shown = argument if assigned else f"{key} {text}".rstrip()
+        problems += _try_value(key.lstrip("-").rstrip("+"), [text] if key.endswith("+") else text, shown)
     return problems
 
 
@@ -305,12 +308,40 @@ def _leaves(content: Any, kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, inner, f"{prefix}{key}.")
 
 
-def _try(parse: Any, what: str) -> list[tuple[str, str]]:
+def _try_value(key: str, value: Any, what: str) -> list[tuple[str, str]]:
+    """CFG-003 if the type of the setting `key` refuses `value`, a YAML value or the text of an option."""
+    from jsonargparse import ArgumentParser
+
+    hint = _hint_of(key.split("."), Recipe)
+    if hint is None:
+        return []
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
     try:
-        parse()
+        if isinstance(value, str):
+            parser.parse_args([f"--value={value}"])
+        else:
+            parser.parse_object({"value": value})
     except Exception as error:
-        return [("CFG-003", f"{what}: {_one_line(error)}")]
+        return [("CFG-003", f"{what}: {_one_line(error).removeprefix(OF_ONE_VALUE)}")]
     return []
+
+
+def _hint_of(parts: Sequence[str], kind: Any) -> Any:
+    """The type of the setting that dotted `parts` name within `kind`; None if they lead nowhere."""
+    if not parts:
+        return kind
+    inner, many = _dataclass_in(kind)
+    if inner is not None and not many:
+        return _hint_of(parts[1:], typing.get_type_hints(inner).get(parts[0]))
+    return _hint_of(parts[1:], typing.get_args(kind)[1]) if typing.get_origin(kind) is dict else None
+
+
+def _said_by_parser(error: BaseException) -> str:
+    text = _one_line(error)
+    if not text.startswith("unrecognized arguments: "):
+        return text
+    return f"{text.removeprefix('unrecognized arguments: ')}: belongs to no option; settings are given as --section.key value"
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -224,6 +224,23 @@ def sync(folder: Path, say: Callable[[str], None], credentials: str | None = Non
         tracking.uri = tracking.uri.replace(f"{MASK}@", "")
     tracking.credentials = credentials or tracking.credentials
     return _SinkProcess(sink_settings(tracking, folder), say).close(patience=SYNC_SECONDS)
+
+
+def log_tables(
+    uri: str, experiment: str, credentials: str | None, folder: Path, name: str, facts: Mapping[str, Any],
+    values: Mapping[str, float], files: Sequence[Path],
+) -> str:  # fmt: skip
+    """Tables that stand on disk as one finished MLflow run: `facts` become parameters, `values` metrics, `files` artifacts. One line
+    that says how it went: a server that does not answer costs a warning, as while training."""
+    from .mlflow_sink import log_whole_run
+
+    settings = sink_settings(TrackingSettings(uri=uri, experiment=experiment, credentials=credentials), folder)
+    try:
+        run = log_whole_run(settings, name, facts, values, files)
+    except Exception as error:  # of MLflow, its store or the connection
+        reason = redact(str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__)
+        return f"QG-TRACK-001 MLflow at {redact(uri)} did not take the tables ({reason}); they are in {files[0].parent}"
+    return f"logged to MLflow: experiment {experiment}, run {run}"
 
 
 def sink_settings(settings: TrackingSettings, folder: Path) -> dict[str, Any]:

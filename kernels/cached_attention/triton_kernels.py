@@ -45,8 +45,7 @@ def _high_bytes(x, INTERPRET: tl.constexpr):
     """The upper byte of each word in the place of the lower one (the bits above it are left undefined)."""
     if INTERPRET:
         return x >> 8
-    else:
-        return tl.inline_asm_elementwise("shr.b32 $0, $1, 8;", "=r,r", [x], tl.int16, True, 2)
+    return tl.inline_asm_elementwise("shr.b32 $0, $1, 8;", "=r,r", [x], tl.int16, True, 2)
 
 
 @triton.jit
@@ -86,12 +85,10 @@ def _channel_pairs(
     """
     WIDTH: tl.constexpr = HEAD_DIM * BITS // 8
     if BYTES:
-        p_halves = p_parameter.to(tl.pointer_type(tl.float16)) + h * WIDTH + tl.arange(0, WIDTH)
-        both = tl.load(p_halves)
+        both = tl.load(p_parameter.to(tl.pointer_type(tl.float16)) + h * WIDTH + tl.arange(0, WIDTH))
         return both, both
     else:
-        p_pairs = p_parameter + h * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
-        pair = tl.load(p_pairs)
+        pair = tl.load(p_parameter + h * (WIDTH // 2) + tl.arange(0, WIDTH // 2))
         if INTERPRET:
             lower = pair.to(tl.int16).to(tl.float16, bitcast=True)
             return lower, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)

@@ -9,6 +9,7 @@ for bit. Then what a user does with the export.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ import torch
 from quietgoose.base.errors import ArtifactError, RecipeError
 from quietgoose.base.files import read_json
 from quietgoose.train import export
+from quietgoose.train.mlflow_sink import numbers
 from quietgoose.train.run_folder import hash_tree
 from safetensors.torch import load_file
 
@@ -81,16 +83,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert read_json(whole / "outcome.json")["state"] == "finished"
-    kinds = [json.loads(line)["kind"] for line in (whole / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
+    kinds = [event["kind"] for event in events]
     assert kinds.count("stage_finished") == 6
     assert "step_skipped" not in kinds
     assert {p.name for p in (whole / "export").iterdir()} >= {"quietgoose.json", "gates.safetensors", "experts", "base"}
     assert "<script" in (whole / "report.html").read_text()
     table = (whole / "stages" / "evaluate" / "result" / "results.md").read_text()
     assert all(arm in table for arm in ("base", "expert:digits", "oracle", "random", "merged", "arrow", "phatgoose"))
-    assert "| phatgoose_mean |" in table and "| average_activation |" in table
+    assert "| phatgoose_mean |" in table
+    assert "| average_activation |" in table
     assert (whole / "logs" / "rank1.log").is_file()
     evaluated = whole / "stages" / "evaluate" / "result"
+    (told,) = (dict(numbers(event)) for event in events if event["kind"] == "routing")  # what MLflow gets
+    assert 0 < told["entropy"] < math.log(2), "two experts a token, neither alone nor both alike at every site"
+    assert told["entropy"] == read_json(evaluated / "routing.json")["entropy"]
     thoughts = (evaluated / "thoughts.md").read_text()
     assert all(arm in thoughts for arm in ("no_thought", "shuffled", "pause", "random", "temperature", "entropy, nats"))
     assert "<script" in (evaluated / "thoughts.html").read_text()

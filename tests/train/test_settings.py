@@ -291,15 +291,52 @@ def test_few_aliases_are_fine(recipe_file: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- no heavy imports, ranks agree
 
 
-def test_checking_imports_no_torch(recipe_file: Path) -> None:
-    code = (
-        "import sys; from quietgoose.train.settings import load_recipe; load_recipe(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'datasets'} & set(sys.modules); assert not heavy, heavy"
-    )
+CHECK = (
+    "import sys; from quietgoose.base.errors import QuietGooseError; from quietgoose.train.settings import load_recipe\n"
+    "try: load_recipe(sys.argv[1:])\n"
+    "except QuietGooseError as error: print(error)\n"
+    "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'datasets'} & set(sys.modules); assert not heavy, heavy"
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "said"),
+    [
+        ("", [], ""),
+        ("nano_demo.yaml", [], ""),
+        ("nano_demo.yaml", ["--experts.rank=0", "--evaluate.tasks.x=steps:purs-direct"], "Did you mean 'purse-direct'"),
+        ("urepa_digits.yaml", ["--stages=[compare]", "--urepa.backbone.kind=sit"], "CFG-003"),
+    ],
+)
+def test_checking_imports_no_torch(recipe_file: Path, recipe: str, options: list[str], said: str) -> None:
+    path = ROOT / "launch" / "recipes" / recipe if recipe else recipe_file
     done = subprocess.run(
-        [sys.executable, "-c", code, "--config", str(recipe_file)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CHECK, "--config", str(path), *options], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert said or not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--seed", "abc"], "--seed abc: Expected a <class 'int'>"),
+        (["stray", "words"], "stray words: belongs to no option; settings are given as --section.key value"),
+        (["--gates.train.steps=x", "--data.experts.one.limit", "q"], "2 problems"),
+        (["--base.train.optimizer.betas=[1]"], "Expected a tuple with 2 elements"),
+        (["--compare.arms.plain=3"], "--compare.arms.plain=3: Expected a <class 'dict'>"),
+    ],
+)
+def test_wrong_values_are_told_in_the_first_second(option: list[str], said: str) -> None:
+    best = 1e9
+    for _ in range(2):  # the better of two: the first imports what is not imported yet
+        started = time.process_time()
+        error = refused("--config", ROOT / "launch" / "recipes" / "nano_demo.yaml", *option)
+        best = min(best, time.process_time() - started)
+        assert error.code == "QG-CFG-003"
+        assert said in str(error)
+    assert best < 1.0
 
 
 def test_arm_names_are_those_that_exist() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from quietgoose.base.errors import NumericError, SecurityError, StopRequested
-from quietgoose.train import tracking
+from quietgoose.train import mlflow_sink, tracking
 from quietgoose.train.console import Console, open_log
 from quietgoose.train.events import EventLog
 from quietgoose.train.recipe import TrackingSettings
@@ -163,6 +163,25 @@ def test_local_store_resume_and_kill(tmp_path: Path) -> None:
     history = store.get_metric_history(child.info.run_id, "loss")
     assert [metric.step for metric in history] == list(range(20))
     assert [event["step"] for event in events(tmp_path) if event["kind"] == "step"] == list(range(20))
+
+
+def test_tables_become_one_finished_run(bad_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in mlflow_sink.ENVIRONMENT.items():  # set in this process too, and taken back after the test
+        monkeypatch.setenv(name, value)
+    table = tmp_path / "results.md"
+    table.write_text("| arm |")
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    values = {"accuracy/base/all": 0.25, "nats/base/all": float("nan")}
+    given = ("tables", None, tmp_path, "export on test", {"k": 2}, values, [table])
+    said = tracking.log_tables(store, *given)
+    run = client(tmp_path).get_run(said.rpartition(" ")[2])
+    assert (run.info.status, run.info.run_name, run.data.params) == ("FINISHED", "export on test", {"k": "2"})
+    assert run.data.metrics["accuracy/base/all"] == 0.25
+    assert [one.path for one in client(tmp_path).list_artifacts(run.info.run_id)] == ["results.md"]
+    assert tracking.log_tables(store, *given).startswith("logged to MLflow: experiment tables, run ")
+    refused = tracking.log_tables(bad_server, *given)
+    assert refused.startswith(f"QG-TRACK-001 MLflow at {bad_server} did not take the tables")
+    assert str(tmp_path) in refused
 
 
 def wait_for(condition: Any, seconds: float = 60.0) -> None:

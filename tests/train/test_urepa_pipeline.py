@@ -116,6 +116,12 @@ def test_the_dry_run_knows_sizes_without_weights() -> None:
     without = make_image_plan(load_recipe(["--config", str(DIGITS), "--teacher.kind", "none", "--stages", "[urepa]"]))
     assert (without.projector, without.tap) == (0, "none")
     assert 0 < without.flops < plan.flops
+    small = make_image_plan(load_recipe(["--config", str(DIGITS), "--urepa.train.micro_rows", "8"]))
+    whole = make_image_plan(recipe)
+    assert 0 < plan.activations < 0.6 * whole.activations, "two processes share the images of a step"
+    assert without.activations <= whole.activations
+    assert (small.micro_batches, whole.micro_batches) == (4, 1)
+    assert whole.memory[0] - small.memory[0] == whole.activations - small.activations > 0.5 * whole.activations
 
 
 @pytest.mark.parametrize(

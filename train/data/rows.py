@@ -180,12 +180,12 @@ class DatasetSource:
         return _fingerprint_of_rows(self)
 
     def raw(self, bad: BadRows) -> Iterator[tuple[str, Any]]:
-        import datasets
         from datasets.exceptions import DatasetsError
 
-        name, _, configuration = self.name.partition(":")
+        from .hub import load_hub_dataset
+
         try:
-            rows = datasets.load_dataset(name, configuration or None, split=self.split)
+            rows = load_hub_dataset(self.name, split=self.split)
         except (OSError, ValueError, DatasetsError) as error:
             raise DataError(
                 f"{self.name}: no file or folder here, and no dataset with split '{self.split}' ({error})",
