@@ -82,11 +82,19 @@ class Layer:
             found = [y for x, group in zip(self.inputs, groups) for y in function(x, group)]
         return found
 
-    def exact(self, k: int, arrow: bool = False, most: int = 256) -> list[Tensor]:
-        """The first `most` tokens' outputs in fp64."""
+    def checked_rows(self, most: int = 1024) -> Tensor:
+        """Tokens that stand for all: evenly from the first to the last, and the last 128, a tile that may not be full."""
+        if self.tokens <= most:
+            return torch.arange(self.tokens, device=self.inputs[0].device)
+        spread = torch.linspace(0, self.tokens - 1, most - 128, dtype=torch.float64).round().long()
+        rows = torch.cat([spread, torch.arange(self.tokens - 128, self.tokens)]).unique()
+        return rows.to(self.inputs[0].device)
+
+    def exact(self, k: int, arrow: bool, rows: Tensor) -> list[Tensor]:
+        """The outputs of the tokens `rows` in fp64."""
         found = []
         for x, g in zip(self.inputs, self.copies[-1]):
-            wide = x[:most].double()
+            wide = x[rows].double()
             shape = group_shape([[RANK] * self.experts] * len(g.weights))
             weight, index = route_group(wide, g.vectors.double(), g.tables[3].double(), self.experts, k, arrow)
             hidden = masked_hidden(wide, g.a_RI.double(), g.tables[0], shape.slots, weight, index, self.experts)

@@ -20,14 +20,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quietgoose.train.parallel import ring_bytes
+from quietgoose.train.parallel import gathered_again, ring_bytes
 from training_cases import Shape, shapes
 from transformers import LlamaConfig
 
 MARK, END = "<!-- simulated -->", "<!-- end of simulated -->"
 GIB = 2**30
-STATE_BYTES = {"data:zero0": (16, 0), "data:zero2": (4, 16), "data:zero3": (0, 16), "expert:zero0": (16, 0)}
-"""Bytes a trained entry: held by every process that trains it, and divided over the processes (train/plan.py)."""
+STATE_BYTES = {"data:zero0": (16, 0), "data:zero2": (8, 16), "data:zero3": (8, 16), "expert:zero0": (16, 0)}
+"""Bytes a trained entry: held by every process that trains it, and divided over the processes (train/plan.py). An expert is read
+whole and its gradient is whole when backward ends, so weight and gradient are whole at that moment whatever the stage."""
+REUSE, PREFETCH = 1_000_000_000, 50_000_000
+"""Entries: stage3_max_reuse_distance and stage3_prefetch_bucket_size of train/strategy.py."""
 STEP_BYTES = 28 + 52
 """Bytes of memory traffic a trained entry and step: AdamW reads 16 and writes 12; gathering rows' vectors, their gradients,
 clipping and norms pass over it about thirteen times in fp32."""
@@ -121,7 +124,7 @@ def estimate(machine: Machine, plan: Plan, gpus: int, arm: str) -> Estimate | No
     shape, stage = plan.shape, int(arm[-1])
     users = min(gpus, plan.experts) if parallel == "expert" else gpus
     frozen = base_bytes(shape) / (gpus if stage == 3 else 1)
-    gathered = 2 * base_bytes(shape) / shape.config.num_hidden_layers if stage == 3 else 0.0
+    gathered = _live(shape) if stage == 3 else 0.0
     kept = float(KEPT_BYTES) * shape.config.num_hidden_layers * shape.config.hidden_size
     micro = plan.micro_tokens
     free = machine.capacity - frozen - gathered
@@ -140,19 +143,33 @@ def estimate(machine: Machine, plan: Plan, gpus: int, arm: str) -> Estimate | No
     tokens = at_once * plan.step_tokens / (1 if parallel == "expert" else gpus)
     products = tokens * shape.flops / (machine.share(shape) * machine.matmul)
     passes = math.ceil(tokens / micro)
-    base_gather = 0.0
-    if stage == 3:  # weights before each layer, forward and backward, in every micro-batch
-        base_gather = passes * 2 * base_bytes(shape) * (gpus - 1) / gpus / machine.link(gpus)
+    trained = at_once * shape.lora
+    base_sent, sent = _sent(shape, trained, gpus, passes, stage) if parallel == "data" else (0.0, 0.0)
     local = at_once * shape.lora / (gpus if parallel == "data" and stage else 1)
     optimiser = local * STEP_BYTES / machine.memory
-    trained = at_once * shape.lora
-    sent = 0.0 if parallel == "expert" else float(ring_bytes(trained, gpus, stage))
     messages = sent / machine.link(gpus) + 2e-5 * math.log2(max(gpus, 2))
-    seconds = max(products, base_gather) + optimiser + messages
+    seconds = max(products, base_sent / machine.link(gpus)) + optimiser + messages
     return Estimate(
-        steps * seconds, machine.capacity - free - 4 * GIB + at_once * one, waves,
-        sent + (passes * 2 * base_bytes(shape) if stage == 3 else 0), 1 - products / seconds,
+        steps * seconds, machine.capacity - free - 4 * GIB + at_once * one, waves, sent + base_sent, 1 - products / seconds,
     )  # fmt: skip
+
+
+def _live(shape: Shape) -> float:
+    """Bytes of the base that ZeRO-3 holds gathered at its fullest, when forward turns into backward: what lies within reach of
+    its reuse, what it fetches ahead, and a layer."""
+    within = 2 * (REUSE / 2 + PREFETCH) + base_bytes(shape) / shape.config.num_hidden_layers
+    return min(base_bytes(shape), within)
+
+
+def _sent(shape: Shape, trained: int, gpus: int, passes: int, stage: int) -> tuple[float, float]:
+    """Bytes a process sends in a step of `passes` micro-batches: for the base, and for what is trained (train/parallel.py)."""
+    if stage < 3:
+        return 0.0, float(ring_bytes(trained, gpus, stage))
+    share, entries = (gpus - 1) / gpus, base_bytes(shape) / 2
+    of_base = passes * (1 + gathered_again(0, entries, REUSE)) * base_bytes(shape)
+    # gathered before the base, again after it if that is far, and scattered: zero3_bytes with nothing small
+    of_trained = passes * (2 + gathered_again(entries, reuse=REUSE)) * 4.0 * trained
+    return share * of_base, share * of_trained
 
 
 def measured(training: Path | None, scaling: Path | None) -> tuple[Machine, dict[str, str]]:

@@ -26,13 +26,15 @@ import torch
 import torch.distributed as dist
 from measure import about, elapsed_ms
 from quietgoose.train.engine import initialize_distributed, shutdown
-from quietgoose.train.parallel import owned, ring_bytes
+from quietgoose.train.parallel import owned, ring_bytes, zero3_bytes
 from quietgoose.train.recipe import RowTrainSettings
 from quietgoose.train.traffic import Traffic
-from training_cases import running, shapes, timed
+from training_cases import Run, running, shapes, timed
 
 ARMS = ("data:zero0", "data:zero1", "data:zero2", "expert:zero0", "expert:zero2", "data:zero3")
 EXPERTS = 12
+SEEN = 3
+"""Steps before bytes are counted: DeepSpeed's ZeRO-3 learns the order of the modules in the first two micro-batches."""
 
 
 def start(options: argparse.Namespace, world: int, budget: float) -> list[dict[str, Any]]:
@@ -107,15 +109,15 @@ class Worker:
             found = timed(run.step, self.device, self.options.seconds)
             rate = 1e3 * run.tokens / found["ms"]
         with running(kind, self.shape, EXPERTS, world.size, self.device, compile="off", **settings) as run:
-            run.step()
+            for _ in range(SEEN):
+                run.step()
             with Traffic() as traffic:
                 run.step()
-            entries = sum(shape.numel() for shape in run.engine.shapes.values())
-            stage = run.engine.stage
-        formula = 0 if parallel == "expert" else ring_bytes(entries, world.size, stage)
+            entries, formula = sum(shape.numel() for shape in run.engine.shapes.values()), sent(run, parallel)
         return {
             "kind": kind, "rows_a_gpu": per_rank, **found, "tokens_per_second": round(rate), "trained": entries,
             "sent_bytes": round(traffic.sent), "formula_bytes": formula, "collectives": dict(traffic.calls),
+            "payload_bytes": dict(traffic.payload),
         }  # fmt: skip
 
     def link(self) -> dict[str, Any]:
@@ -124,6 +126,19 @@ class Worker:
         seconds = min(elapsed_ms(lambda: dist.all_reduce(tensor), self.device) for _ in range(8)) / 1e3
         sent = 2 * (self.world.size - 1) / self.world.size * tensor.numel() * 4
         return {"mebibytes": tensor.numel() * 4 / 2**20, "gigabytes_per_second": round(sent / seconds / 1e9, 1)}
+
+
+def sent(run: Run, parallel: str) -> int:
+    """Bytes a process sends in a step by the formulas of train/parallel.py, the vector of the verdict (some 100) apart."""
+    engine = run.engine
+    trained = sum(shape.numel() for shape in engine.shapes.values())
+    if parallel == "expert":
+        return 0
+    if engine.stage < 3:
+        return ring_bytes(trained, engine.world.size, engine.stage)
+    weights = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in engine.deepspeed.module.parameters()]
+    zero = engine.config["zero_optimization"]
+    return zero3_bytes(weights, trained, engine.world.size, run.data.micro_count, zero)
 
 
 def table(lines: list[dict[str, Any]]) -> None:

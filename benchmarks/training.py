@@ -6,7 +6,7 @@
     python benchmarks/training.py --tiny                                            # small, also on a CPU
 
 Arms:
-    gate        four fast steps against four plain ones; what is red reports no speed in this call
+    gate        four fast steps against four plain ones, losses and trained tensors; what is red reports no speed in this call
     peft        one adapter: the plain padded loop (batch 32), packed rows, packed rows compiled
     ours        SmolLM2 shape, 1, 12 and 16 experts in a pass: eager, compiled layers, CUDA graphs
     attention   compiled layers with each attention        rows   the same with more rows in a step
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 import traceback
 from pathlib import Path
@@ -34,6 +35,14 @@ from training_peers import peft_step
 
 ARMS = ("gate", "peft", "ours", "attention", "gates", "llama3", "rows", "profile")
 MODES = ("off", "layers", "graph")
+LOSS_LIMIT, MOVED_LIMIT = 0.01, 0.15
+"""What four steps of a mode may differ by from eager ones: in the loss, and in the way that trained tensors went. AdamW makes a
+whole step of the rounding of a small gradient: .056 between two right modes in bf16 on an H100, .060 (gates .034) between bf16
+and fp32 with --tiny on a CPU."""
+
+
+Steps = tuple[list[float], dict[str, torch.Tensor]]
+"""Losses, and how far every trained tensor went."""
 
 
 class Bench:
@@ -83,7 +92,7 @@ class Bench:
             found = self.attempt(
                 "gate", f"{kind} {mode}", lambda k=kind, m=mode: _four_steps(shape, k, m, self.device, plain)
             )
-            if found is None or found.get("worst", 0.0) > 0.01:
+            if found is None or not agrees(found):
                 self.red.add(mode)
                 print(f"gate: {kind} {mode} differs from eager; no speed of {mode} is reported", flush=True)
 
@@ -205,7 +214,7 @@ def _kernels(seen: Any, wall: float, steps: int) -> dict[str, Any]:
 
 
 def _four_steps(shape: Shape, kind: str, mode: str, device: torch.device, plain: dict[str, Any]) -> dict[str, Any]:
-    """Four steps with two rows of three experts; relative error of what was trained, against the eager run kept in `plain`."""
+    """Four steps with two rows of three experts; what they differ by from the eager ones kept in `plain`."""
     settings = {"compile": mode, **({"attention": "base"} if mode == "off" else {})}
     with running(kind, shape, 3, 2, device, "zero1", **settings) as run:
         start = {name: tensor.clone() for name, tensor in run.engine.trainable().items()}
@@ -216,12 +225,23 @@ def _four_steps(shape: Shape, kind: str, mode: str, device: torch.device, plain:
     if mode == "off":
         plain[kind] = (losses, moved)
         return {"losses": losses}
-    want_losses, want = plain[kind]
+    return difference((losses, moved), plain[kind])
+
+
+def difference(found: Steps, plain: Steps) -> dict[str, Any]:
+    """The worst relative error of a loss, and of one expert's way from its start."""
+    (losses, moved), (want_losses, want) = found, plain
     error = max(float((moved[name] - want[name]).norm() / want[name].norm()) for name in want)
     return {
         "losses": losses, "worst": round(max(abs(a - b) / abs(b) for a, b in zip(losses, want_losses)), 5),
         "moved": round(error, 4),
     }  # fmt: skip
+
+
+def agrees(line: dict[str, Any]) -> bool:
+    """Whether a mode's line of the gate is green; what is not finite is not."""
+    finite = all(math.isfinite(loss) for loss in line.get("losses", [math.nan]))
+    return finite and line.get("worst", 0.0) <= LOSS_LIMIT and line.get("moved", 0.0) <= MOVED_LIMIT
 
 
 def main() -> None:

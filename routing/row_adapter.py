@@ -30,20 +30,25 @@ class RowContext:
 
 class InputGroup:
     """Sites that read one input (q, k, v; gate, up), in the order of their calls. In compiled code the first of them shrinks
-    for all, so the input is read once forward and once backward; the last lets go of what waits. A site that is called with another
-    input, or out of order, shrinks by itself."""
+    for all, so the input is read once forward and once backward; in eager code it makes the logits of all their gates, from one wide
+    copy of the input. The last lets go of what waits. A site that is called with another input, or out of order, works by
+    itself."""
 
     def __init__(self) -> None:
         self.parts: tuple[Tensor, ...] = ()
+        self.gates: tuple[Tensor, ...] = ()
         self.x: Tensor | None = None
         self.h_GTR: Tensor | None = None
+        self.logits_GTS: Tensor | None = None
 
     def bind(self, members: Sequence[RowAdapter]) -> None:
-        """The members' A, and where each finds its part."""
+        """The members' A and gates, and where each finds its part."""
         self.parts = tuple(member.a_GRI for member in members)  # type: ignore[misc]
+        self.gates = tuple(member.gate_GI for member in members if member.gate_GI is not None)
         start = 0
         for number, (member, a_GRI) in enumerate(zip(members, self.parts)):
-            member.first, member.last, member.start = number == 0, number == len(members) - 1, start
+            member.first, member.last = number == 0, number == len(members) - 1
+            member.number, member.start = number, start
             start += a_GRI.shape[1]
 
 
@@ -58,7 +63,7 @@ class RowAdapter(nn.Module):
         self.gate_GI: Tensor | None = None
         self.share_BT1: Tensor | None = None
         self.group: InputGroup | None = None
-        self.first, self.last, self.start = True, True, 0
+        self.first, self.last, self.number, self.start = True, True, 0, 0
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [B, T, I] or [1, B*T, I], y alike -> y + scale * g * B_e A_e x, shape of y."""
@@ -75,11 +80,26 @@ class RowAdapter(nn.Module):
         gate_GT1 = None if self.share_BT1 is None else self.share_BT1.reshape(groups, -1, 1)
         if not torch.compiler.is_compiling():
             if self.gate_GI is not None:
-                gate_GT1 = torch.sigmoid(gate_logits(x_GTI, self.gate_GI)).to(x.dtype)
+                gate_GT1 = torch.sigmoid(self._gate(x, x_GTI, self.gate_GI)).to(x.dtype)
             return add_row_lora(y_GTO, x_GTI, a_GRI, b_GOR, gate_GT1, self.scale).view_as(y)
         if self.gate_GI is not None:
             gate_GT1 = torch.sigmoid(_logits(x_GTI, self.gate_GI)).to(x.dtype)
         return _add(y_GTO, self._shrink(x, x_GTI), b_GOR, gate_GT1, self.scale).view_as(y)
+
+    def _gate(self, x: Tensor, x_GTI: Tensor, gate_GI: Tensor) -> Tensor:
+        """The logit [G, T, 1] of this site's gate, in the gate's dtype; in eager code only."""
+        group = self.group
+        if group is None:
+            return gate_logits(x_GTI, gate_GI[:, None])
+        if self.first:
+            group.x, group.logits_GTS = x, gate_logits(x_GTI, torch.stack(group.gates, 1))
+        if group.x is x and group.logits_GTS is not None:
+            logits_GT1 = group.logits_GTS.narrow(2, self.number, 1)
+        else:
+            logits_GT1 = gate_logits(x_GTI, gate_GI[:, None])
+        if self.last:
+            group.x = group.logits_GTS = None
+        return logits_GT1
 
     def _shrink(self, x: Tensor, x_GTI: Tensor) -> Tensor:
         """A x [G, T, R] of this site; in compiled code only."""

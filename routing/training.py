@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..base.errors import QuietGooseError, RecipeError
 from ..base.files import safe_name
@@ -43,24 +44,28 @@ class PackedRows(Protocol):
 
 
 class _GatherRows(torch.autograd.Function):
-    """Row b takes bank[expert_B[b]], cast to `dtype`. Backward sums rows in fp32, by products: no atomics."""
+    """Row b takes flats[expert_B[b]], cast to `dtype`; the bank exists in `dtype` alone. Backward sums rows in fp32, by products
+    straight into the gradients: no atomics."""
 
     @staticmethod
-    def forward(ctx, bank_NP: Tensor, expert_B: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(ctx, expert_B: Tensor, dtype: torch.dtype, *flats: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(expert_B)
-        ctx.num_experts, ctx.dtype = bank_NP.shape[0], bank_NP.dtype
-        return bank_NP.to(dtype).index_select(0, expert_B)
+        ctx.num_experts, ctx.dtype = len(flats), flats[0].dtype
+        bank_NP = torch.empty(len(flats), flats[0].numel(), dtype=dtype, device=flats[0].device)
+        torch._foreach_copy_(list(bank_NP.unbind()), list(flats))
+        return bank_NP.index_select(0, expert_B)
 
     @staticmethod
-    def backward(ctx, grad_BP: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx, grad_BP: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (expert_B,) = ctx.saved_tensors
         wide = torch.promote_types(ctx.dtype, torch.float32)
         one_hot_NB = torch.nn.functional.one_hot(expert_B, ctx.num_experts).t().to(wide)
-        grad_NP = torch.empty(ctx.num_experts, grad_BP.shape[1], dtype=ctx.dtype, device=grad_BP.device)
+        grad_NP = torch.empty(ctx.num_experts, grad_BP.shape[1], dtype=wide, device=grad_BP.device)
         for start in range(0, grad_BP.shape[1], GATHER_COLUMNS):
             piece = slice(start, start + GATHER_COLUMNS)
-            grad_NP[:, piece] = one_hot_NB @ grad_BP[:, piece].to(wide)
-        return grad_NP, None, None
+            torch.mm(one_hot_NB, grad_BP[:, piece].to(wide), out=grad_NP[:, piece])
+        return None, None, *grad_NP.to(ctx.dtype).unbind()
 
 
 class FlatBank(nn.Module):
@@ -79,7 +84,7 @@ class FlatBank(nn.Module):
     def forward(self, expert_B: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows' vectors [B, P] in `dtype`."""
         flats = [self.flat(name) for name in self.names] if self._aliases is None else self._aliases
-        return _GatherRows.apply(torch.stack(list(flats)), expert_B, dtype)  # type: ignore[return-value]
+        return _GatherRows.apply(expert_B, dtype, *flats)  # type: ignore[return-value]
 
     @contextmanager
     def aliased(self) -> Iterator[Sequence[Tensor]]:

@@ -93,31 +93,34 @@ class _GateLogits(torch.autograd.Function):
     """x . v per row with fp32 accumulation, keeping x in its own dtype for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x_BTI: Tensor, v_BI: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x_BTI: Tensor, v_BSI: Tensor) -> Tensor:  # type: ignore[override]
         for_x, for_v = ctx.needs_input_grad
-        ctx.save_for_backward(x_BTI if for_v else None, v_BI if for_x else None)
-        ctx.kind_of_x, ctx.kind_of_v = x_BTI.dtype, v_BI.dtype
-        return torch.bmm(x_BTI.to(v_BI.dtype), v_BI.unsqueeze(2))
+        ctx.save_for_backward(x_BTI if for_v else None, v_BSI if for_x else None)
+        ctx.kind_of_x, ctx.kind_of_v = x_BTI.dtype, v_BSI.dtype
+        return torch.bmm(x_BTI.to(v_BSI.dtype), v_BSI.transpose(1, 2))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_BT1: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
-        x_BTI, v_BI = ctx.saved_tensors
+    def backward(ctx, grad_BTS: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x_BTI, v_BSI = ctx.saved_tensors
         for_x, for_v = ctx.needs_input_grad
         grad_x = None
-        if for_x:  # rounded as it is written: no fp32 tensor of x's size
-            grad_x = v_BI.new_empty(*grad_BT1.shape[:2], v_BI.shape[1], dtype=ctx.kind_of_x)
-            torch.mul(grad_BT1, v_BI.unsqueeze(1), out=grad_x)
-        grad_v = torch.bmm(grad_BT1.transpose(1, 2), x_BTI.to(ctx.kind_of_v)).squeeze(1) if for_v else None
+        if for_x and v_BSI.shape[1] == 1:  # rounded as it is written: no fp32 tensor of x's size
+            grad_x = v_BSI.new_empty(*grad_BTS.shape[:2], v_BSI.shape[2], dtype=ctx.kind_of_x)
+            torch.mul(grad_BTS, v_BSI, out=grad_x)
+        elif for_x:  # the sites' parts are added up in fp32, and rounded once
+            grad_x = torch.bmm(grad_BTS, v_BSI).to(ctx.kind_of_x)
+        grad_v = torch.bmm(grad_BTS.transpose(1, 2), x_BTI.to(ctx.kind_of_v)) if for_v else None
         return grad_x, grad_v
 
 
-def gate_logits(x_BTI: Tensor, v_BI: Tensor) -> Tensor:
-    """x_bt . v_b [B, T, 1] in v's dtype (fp32): the logit of PHATGOOSE's training gate, raw input, no scaling.
+def gate_logits(x_BTI: Tensor, v_BSI: Tensor) -> Tensor:
+    """x_bt . v_bs [B, T, S] in v's dtype (fp32): the logits of PHATGOOSE's training gates of S sites that read x, raw input, no
+    scaling.
 
     Saves x as it is (bf16 stays bf16), not an fp32 copy of it, and only if v takes a gradient: phatgoose.md 1.2, "Backward".
     """
-    return _GateLogits.apply(x_BTI, v_BI)  # type: ignore[no-any-return]
+    return _GateLogits.apply(x_BTI, v_BSI)  # type: ignore[no-any-return]
 
 
 def gate_scores(x_TI: Tensor, vectors_ZI: Tensor, arrow: bool = False) -> Tensor:

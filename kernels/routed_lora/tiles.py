@@ -24,28 +24,31 @@ MOST_FUSED = 64
 Table = list[tuple[int, int, Tiles]]
 """Entries: tokens up to, input width up to, tiles; the first that holds."""
 
-# estimates, not yet measured
+# Estimates still: the only times on a GPU (benchmarks/results/2026-11-26_routed_lora_h100_first.json) are of a first pass that
+# raced and read x once; today's reads it twice. Candidates are to be timed again.
 ROUTE_SHRINK: Table = [
     (256, LIMITLESS, Tiles(32, 64, 64, 4, 3)),
     (1024, LIMITLESS, Tiles(32, 64, 64, 4, 3)),
     (8192, LIMITLESS, Tiles(64, 128, 64, 4, 3)),
     (LIMITLESS, LIMITLESS, Tiles(128, 256, 64, 8, 3)),
 ]
+# The kernel timed there is today's, behind the other first pass: up to 1,024 tokens the fastest of its candidates is the entry
+# here, beyond (256, 128, 64, 8, 3) took 6 to 7 percent less for a layer of SmolLM2 but has not been compared with fp64 there.
 LINEAR_EXPAND: Table = [
     (256, LIMITLESS, Tiles(64, 64, 64, 4, 4)),
     (1024, LIMITLESS, Tiles(64, 64, 64, 4, 4)),
     (LIMITLESS, LIMITLESS, Tiles(128, 128, 64, 8, 3)),
 ]
-# base products of one token: rows is 1, columns the outputs of a program
+# base products of one token: rows is 1, columns the outputs of a program. Measured in that file, as DECODE_UPDATE (whose first
+# pass is another kernel): a layer of SmolLM2 0.040 ms (with the estimates that stood here before 0.042 to 0.047), of
+# LLaMA3-8B 0.207 (0.220)
 DECODE_ONE: Table = [
-    (1, 1024, Tiles(1, 4, 1024, 4, 1)),
-    (1, 2048, Tiles(1, 4, 2048, 4, 1)),
-    (LIMITLESS, LIMITLESS, Tiles(1, 8, 1024, 4, 1)),
+    (LIMITLESS, 2048, Tiles(1, 1, 1024, 4, 1)),
+    (LIMITLESS, LIMITLESS, Tiles(1, 4, 2048, 4, 1)),
 ]
 # routing and experts of few tokens: rows is not read, columns the outputs of a program, depth the numbers of A it holds
 DECODE_UPDATE: Table = [
-    (LIMITLESS, 2048, Tiles(1, 128, 16384, 8, 1)),
-    (LIMITLESS, LIMITLESS, Tiles(1, 256, 16384, 8, 1)),
+    (LIMITLESS, LIMITLESS, Tiles(1, 64, 16384, 8, 1)),
 ]
 # `stock` adds the experts to a piece of the base's product while the L2 still holds it: tokens and outputs of a piece
 STOCK_PIECE: list[int] = [4096, 2048]
@@ -87,7 +90,10 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 
 
 # Which formulation takes a call: read downwards, the first line that holds. Columns: tokens up to, rank slots of a site
-# up to, input width up to, formulation. Estimates, not yet measured; VERIFIED_TOKENS below holds parts of it back.
+# up to, input width up to, formulation. Measured (same file): `decode` up to 64 tokens, at 16 and 64 tokens the fastest or within
+# 1 percent of it (4 experts at 64 tokens: `fused` 14 percent less); at 128 it still is with 166 experts, untested there. What
+# lies beyond 64 tokens was timed with the racing first pass, so `fused` against `stock` against `grouped` are estimates.
+# VERIFIED_TOKENS below holds parts of it back.
 CROSSOVERS: list[tuple[int, int, int, str]] = [
     (64, LIMITLESS, LIMITLESS, "decode"),
     (LIMITLESS, 512, 2048, "fused"),
@@ -96,13 +102,13 @@ CROSSOVERS: list[tuple[int, int, int, str]] = [
 ]
 
 
-# What has agreed with fp64 on a GPU (H100, Triton 3.6), by number of tokens. Above 512 tokens the first pass (routing and
-# shrink in one, which `fused` and `stock` begin with) was wrong there: see triton_route.py's head. Its cause is removed and
-# tests/kernels/test_routed_lora_compiled.py watches it, but the new kernel has not run on a GPU yet. Until it has, more
-# tokens take `grouped`, whose kernels were right at every size and are as they were, with weights from the plain-PyTorch
-# routing (`grouped_reference`): `grouped`'s own routing is the changed kernel too. implementation="triton" of
-# routing.attach (`unverified` here) takes the table above as it stands, for measuring. When
-# tests/kernels/test_routed_lora_kernels.py (-m gpu) is green on a GPU, set this to LIMITLESS.
+# What calls take by default, by number of tokens. Above 512 the first pass (routing and shrink in one, which `fused` and
+# `stock` begin with) was wrong on an H100 (Triton 3.6): see triton_route.py's head. The kernel without that fault has been right
+# there since, at 4,096 and 32,768 tokens, five times alike (2026-11-26, tests/kernels/test_routed_lora_kernels.py -m gpu, the
+# first and last 512 rows); rows from everywhere, as that test and the gate of benchmarks/routed_lora.py look at now, and its
+# time wait for a GPU. Until then more tokens take `grouped`, with weights from the plain-PyTorch routing
+# (`grouped_reference`): `grouped`'s own routing is the changed kernel too. implementation="triton" of routing.attach
+# (`unverified` here) takes the table above as it stands. When both are green, set this to LIMITLESS.
 VERIFIED_TOKENS = 512
 
 

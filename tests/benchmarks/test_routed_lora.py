@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +67,30 @@ def test_a_failing_peer_leaves_its_error_and_the_rest_go_on(monkeypatch: pytest.
     rows = {c["what"]: c for c in json.loads(out.read_text())["cells"]}
     assert "not today" in rows["grouped_mm"]["failed"]
     assert rows["r_three"]["ms"] > 0
+
+
+@pytest.mark.parametrize("bad", [slice(1500, 1700), slice(4990, 5000)])
+def test_the_gate_sees_tokens_in_the_middle_and_at_the_end(bad: slice) -> None:
+    """A race spoils tiles that come late: 5,000 tokens, of which one tile's outputs are wrong."""
+    from routed_lora import gate
+    from routed_lora_peers import Layer, plain_concat
+
+    layer = Layer("tiny", 2, 5000, 1, torch.device("cpu"), torch.float32)
+    right = plain_concat(1)
+
+    def late_error(x: torch.Tensor, group: Any) -> list[torch.Tensor]:
+        return [y.index_fill(0, torch.arange(5000)[bad], 0.0) for y in right(x, group)]
+
+    assert gate(layer, right, 1, False) < 1e-5
+    assert gate(layer, late_error, 1, False) > 1e-2
+
+
+@pytest.mark.parametrize("tokens", [1, 1024, 1025, 32768])
+def test_checked_rows_reach_from_the_first_to_the_last(tokens: int) -> None:
+    from routed_lora_peers import Layer
+
+    rows = Layer("tiny", 1, tokens, 1, torch.device("cpu"), torch.float32).checked_rows()
+    assert (int(rows[0]), int(rows[-1])) == (0, tokens - 1)
+    assert tokens == 1 or int(rows.diff().max()) <= 1 + tokens // 800
+    assert len(rows) <= 1024
+    assert torch.equal(rows[-min(128, tokens) :].cpu(), torch.arange(tokens)[-128:])

@@ -8,10 +8,12 @@ from quietgoose.kernels.routed_lora import (
     add_routed_lora,
     add_row_lora,
     dense_weights,
+    formulation,
     gate_logits,
     naive,
     routed_lora,
     slot_weights,
+    tiles,
 )
 
 SHAPES = [(1, 8, 6, (4,)), (63, 24, 16, (3, 3, 3)), (100, 12, 30, (1, 64, 7, 2)), (5, 8, 8, (4, 4))]
@@ -89,16 +91,42 @@ def test_rows_equal_masked_concat_with_one_hot_rows() -> None:
     torch.testing.assert_close(doubled, got, rtol=1e-12, atol=1e-12)
 
 
-def test_gate_logits_gradients_and_saved_bytes() -> None:
+@pytest.mark.parametrize("sites", [1, 3])
+def test_gate_logits_gradients_and_saved_bytes(sites: int) -> None:
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
-    v = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, sites, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(gate_logits, (x, v))
     half = torch.randn(2, 5, 6, dtype=torch.bfloat16, requires_grad=True)
-    single = torch.randn(2, 6, requires_grad=True)
+    single = torch.randn(2, sites, 6, requires_grad=True)
     saved: list[torch.dtype] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.dtype) or t, lambda t: t):
         logits = gate_logits(half, single)
     assert logits.dtype == torch.float32
     assert saved == [torch.bfloat16, torch.float32]
-    want = (half.float() * single[:, None]).sum(-1, keepdim=True)
+    want = (half.float()[:, :, None] * single[:, None]).sum(-1)
     torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(logits.shape)
+    (grad,) = torch.autograd.grad(logits, half, upstream)
+    exact = torch.einsum("bts,bsi->bti", upstream, single.detach())
+    assert torch.equal(grad, exact.bfloat16()) if sites == 1 else (grad - exact).norm() < 4e-3 * exact.norm()
+
+
+def test_every_call_has_a_formulation() -> None:
+    assert formulation(1, 16, 576) == "decode"
+    assert formulation(10**6, 10**6, 10**6, unverified=True) == "grouped"
+    known = {"decode", "fused", "stock", "grouped"}
+    for tokens in (1, 64, 65, 4096, 32768):
+        for slots in (16, 256, 1024, 2656):
+            for width in (192, 4096):
+                assert formulation(tokens, slots, width, unverified=True) in known
+                assert formulation(tokens, slots, width, True, True) in known - {"fused"}
+                assert formulation(tokens, slots, width) in known | {"grouped_reference"}
+
+
+@pytest.mark.skipif(tiles.VERIFIED_TOKENS == tiles.LIMITLESS, reason="everything is confirmed")
+def test_what_no_gpu_has_confirmed_is_taken_on_request_only() -> None:
+    for width in (576, 4096):
+        assert formulation(512, 256, width) in {"fused", "stock"}
+        for tokens in (513, 4096, 32768):
+            assert formulation(tokens, 256, width) == "grouped_reference"
+            assert formulation(tokens, 256, width, unverified=True) in {"fused", "stock"}

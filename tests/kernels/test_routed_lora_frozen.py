@@ -238,7 +238,7 @@ def test_plain_routing_compiles_whole_and_gives_the_same_gradients() -> None:
 @pytest.mark.parametrize(("x_wanted", "v_wanted"), [(True, False), (False, True), (True, True)])
 def test_gate_logits_make_and_keep_only_what_is_wanted(x_wanted: bool, v_wanted: bool) -> None:
     x = normal(2, 5, 6, dtype=torch.bfloat16).requires_grad_(x_wanted)
-    v = normal(2, 6, seed=1).requires_grad_(v_wanted)
+    v = normal(2, 1, 6, seed=1).requires_grad_(v_wanted)
     kept: list[torch.dtype] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
         logits = gate_logits(x, v)

@@ -11,10 +11,13 @@ import torch
 from quietgoose.base.errors import ArtifactError
 from quietgoose.base.files import sha256_tensors
 from quietgoose.kernels import linear_loss
-from quietgoose.routing import losses
+from quietgoose.routing import losses, training
+from quietgoose.routing.expert import Expert
+from quietgoose.routing.library import ExpertLibrary
 from quietgoose.routing.model import assign_rows, attach, uninstall
 from quietgoose.routing.sites import find_sites
 from quietgoose.routing.training import TrainableExperts, TrainableGates
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMES = ("ant", "bee", "cat")
 
@@ -122,6 +125,69 @@ def test_fresh_experts_equal_the_base_and_trained_ones_the_attached_model(new_mo
         "up_proj",
         "v_proj",
     )
+
+
+class Made(TorchDispatchMode):
+    """What the operators that run inside make: (operator, dtype, entries)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.found.append((func._schema.name, out.dtype, out.numel()))
+        return out
+
+
+def test_a_bank_in_16_bit_has_no_fp32_copy_and_gradients_are_written_where_they_stay(monkeypatch) -> None:
+    monkeypatch.setattr(training, "GATHER_COLUMNS", 8)
+    g = torch.Generator().manual_seed(0)
+    bank = training.FlatBank({name: torch.randn(27, generator=g) for name in NAMES})
+    expert = torch.tensor([2, 0, 0, 2])
+    with Made() as forward:
+        rows_BP = bank(expert, torch.bfloat16)
+    assert torch.equal(rows_BP, torch.stack([bank.flat(name) for name in NAMES]).bfloat16()[expert])
+    assert not [made for made in forward.found if made[1] == torch.float32 and made[2] >= 3 * 27]
+    upstream = torch.randn(rows_BP.shape, generator=g).bfloat16()
+    with Made() as backward:
+        rows_BP.backward(upstream)
+    assert "aten::copy_" not in {name for name, _, _ in backward.found}
+    wide = upstream.float()
+    for name, want in zip(NAMES, (wide[1] + wide[2], torch.zeros(27), wide[0] + wide[3])):
+        torch.testing.assert_close(bank.flat(name).grad, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gates_that_read_one_input_share_its_wide_copy(new_model, dtype: torch.dtype) -> None:
+    """The same losses and gradients as site by site, from fewer operators."""
+    library, batch, found = ExpertLibrary(randomised_experts(new_model())), rows([0, 2, 1, 0]), []
+    for alone in (True, False):
+        module = TrainableGates(new_model().to(dtype), library, inputs)
+        for name in NAMES:
+            flat = module.bank.flat(name)
+            flat.data = torch.randn(flat.shape, generator=torch.Generator().manual_seed(1)).to(
+                torch.float64 if dtype == torch.float64 else torch.float32
+            )
+        if alone:
+            module.stop_sharing()
+        with Made() as made:
+            losses_E = module(batch)
+        losses_E.sum().backward()
+        products = sum(name == "aten::bmm" for name, _, _ in made.found)
+        found.append((losses_E.detach(), torch.stack([module.bank.flat(name).grad for name in NAMES]), products))
+    (want, want_grad, products), (got, got_grad, fewer) = found
+    close = 1e-12 if dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(got, want, rtol=close, atol=close)
+    assert float((got_grad - want_grad).norm() / want_grad.norm()) < close
+    layers = len(new_model().model.layers)
+    assert products - fewer == 3 * layers  # q, k, v: two products fewer; gate, up: one
+
+
+def randomised_experts(model) -> list[Expert]:
+    module = randomise(experts_of(model))
+    return module.experts({f"bank.flat_{name}": module.bank.flat(name) for name in NAMES})
 
 
 @pytest.mark.parametrize("rslora", [False, True])

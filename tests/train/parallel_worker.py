@@ -1,13 +1,16 @@
 """One rank of a tiny training of real experts or gates, for tests/train/test_parallel.py.
 
-Settings: {"out": folder, "cases": [case, ...]}. A case: name, kind (experts or gates), strategy, parallel, steps, run (folder of
-its checkpoints; the same name continues), experts (3), rows (2), traffic (count the bytes of one step more). Rank 0 leaves NAME.json.
+Settings: {"out": folder, "cases": [case, ...]}. A case with "benchmark" runs those arms of benchmarks/scaling.py. Any other: name,
+kind (experts or gates), strategy, parallel, steps, run (folder of its checkpoints; the same name continues), experts (3), rows
+(2), traffic (count the bytes of one step more). Rank 0 leaves NAME.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +96,17 @@ class Losses:
     def on_event(self, kind: str, **fields) -> None: ...
 
 
+def run_benchmark(case: dict, out: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import scaling
+
+    options = argparse.Namespace(rows=1, strong=False, kind="experts", seconds=0.01, tiny=True)
+    worker = scaling.Worker(options)
+    found = {"link": worker.link(), **{arm: worker.arm(*arm.split(":")) for arm in case["benchmark"]}}
+    if worker.world.is_main:
+        (out / f"{case['name']}.json").write_text(json.dumps({"found": found}))
+
+
 def run_case(case: dict, out: Path) -> None:
     world = initialize_distributed()
     names = [f"e{i}" for i in range(case.get("experts", 3))]
@@ -144,7 +158,10 @@ def _train(case, out, world, names, settings, own, result) -> None:
         if case.get("traffic"):
             with Traffic() as traffic:
                 engine.step(data.step(case["steps"]))
-            result["sent"], result["calls"] = traffic.sent, dict(traffic.calls)
+            result |= {"sent": traffic.sent, "calls": dict(traffic.calls), "payload": dict(traffic.payload)}
+            whole = engine.deepspeed.module.parameters()
+            result["weights"] = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in whole]
+            result["micro_batches"], result["zero"] = data.micro_count, engine.config["zero_optimization"]
     finally:
         stop.close()
         data.close()
@@ -154,7 +171,7 @@ def _train(case, out, world, names, settings, own, result) -> None:
 def main(settings: dict) -> None:
     torch.set_num_threads(1)
     for case in settings["cases"]:
-        run_case(case, Path(settings["out"]))
+        (run_benchmark if "benchmark" in case else run_case)(case, Path(settings["out"]))
     shutdown()
 
 

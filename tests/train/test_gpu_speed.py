@@ -79,6 +79,13 @@ class Data:
         torch.cuda.set_sync_debug_mode("default")
 
 
+class Again(Data):
+    """Two steps' rows in turn: labels are random, so only rows that come again can be learnt."""
+
+    def step(self, step: int) -> StepBatch:
+        return dataclasses.replace(super().step(step % 2), step=step)
+
+
 class Reports:
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -147,10 +154,10 @@ def test_fast_steps_train_as_plain_ones(tmp_path: Path, kind: str, compile_: str
         torch._dynamo.reset()
         settings = RowTrainSettings(compile=mode, attention="base")
         job = make_job(kind.replace("misrouting", "experts"), settings, "zero2", 0.3 if kind == "misrouting" else 0.0)
-        curves[mode] = run(tmp_path / mode, job, "zero2", Data())
+        curves[mode] = run(tmp_path / mode, job, "zero2", Again())[0].losses
     plain, fast = curves["off"], curves[compile_]
-    assert fast[0].losses == pytest.approx(plain[0].losses, rel=1e-2)
-    assert plain[0].losses[-1] < plain[0].losses[0]
+    assert fast == pytest.approx(plain, rel=1e-2)
+    assert sum(plain[-2:]) < 0.96 * sum(plain[:2])  # on a CPU .74, .78 with misrouting, .95 for gates
 
 
 @pytest.mark.parametrize("kind", ["experts", "misrouting", "gates"])

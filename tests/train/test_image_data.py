@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from quietgoose.base.errors import DataError, RecipeError
-from quietgoose.train.data.images import ImageLoader, open_both, open_images
+from quietgoose.train.data.images import ImageLoader, ImageSet, open_both, open_images
 from quietgoose.train.image_settings import ImageSettings
 
 
@@ -57,6 +58,20 @@ def test_digits(cache: str) -> None:
     assert float(pixels.max()) == 1.0
     assert train.digest != test.digest
     assert open_images(settings).digest == train.digest  # found again
+
+
+def test_every_byte_is_the_nearest_float_of_its_place_between_minus_one_and_one() -> None:
+    rows = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    images = ImageSet(rows, np.zeros(1, dtype=np.int64), ("a",), "digest", flip=True)
+    found = images.pixels(torch.tensor([0])).flatten()
+    for byte, value in enumerate(found.numpy()):
+        exact = Fraction(2 * byte - 255, 255)
+        error = abs(Fraction(float(value)) - exact)
+        for beside in (np.nextafter(value, np.float32(-2)), np.nextafter(value, np.float32(2))):
+            assert error < abs(Fraction(float(beside)) - exact), byte
+    assert torch.equal(
+        images.pixels(torch.tensor([0]), torch.tensor([True])), images.pixels(torch.tensor([0])).flip(-1)
+    )
 
 
 def test_a_folder_by_class_with_its_own_test_split(tmp_path: Path, cache: str) -> None:

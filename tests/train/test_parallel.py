@@ -12,7 +12,7 @@ import pytest
 from quietgoose.base import distributed
 from quietgoose.base.distributed import World
 from quietgoose.base.errors import RecipeError
-from quietgoose.train.parallel import owned, ring_bytes
+from quietgoose.train.parallel import gathered_again, owned, ring_bytes, zero3_bytes
 from quietgoose.train.recipe import RowTrainSettings
 
 CONFTEST = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
@@ -76,6 +76,55 @@ def test_one_curve_and_no_bytes(start) -> None:
         assert result.sent - expert.sent == pytest.approx(ring_bytes(data.entries, 2, stage), rel=0.02), stage
     assert "1 experts leave some with none" in found["many"].error
     assert "ZeRO-3 divides the frozen base" in found["zero3"].error
+
+
+SENT_BY_ZERO3 = {
+    "small weights once": {"stage3_param_persistence_threshold": 300},
+    "nothing within reach": {
+        "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_what_zero3_sends(start, tmp_path: Path) -> None:
+    """Two micro-batches a step over a base of small and large weights, as far as weights stay."""
+    cases = []
+    for name, settings in SENT_BY_ZERO3.items():
+        path = tmp_path / f"{name}.strategy.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3, **settings}}))
+        cases.append(case(name, strategy=str(path), traffic=True, rows=4, steps=3))
+    found = start(cases, 2)
+    for name, result in found.items():
+        assert result.micro_batches == 2
+        small = [e for e, _ in result.weights if e <= result.zero["stage3_param_persistence_threshold"]]
+        assert bool(small) == (name != "nothing within reach")
+        assert result.payload["_reduce_scatter_base_"] == 2 * 4 * result.entries
+        formula = zero3_bytes(result.weights, result.entries, 2, 2, result.zero)
+        if name == "nothing within reach":  # forward and backward gather: 2 L, but for what has no backward
+            gathers = formula - 4 * result.entries
+            assert result.sent - formula == pytest.approx(gathers, rel=0.25)
+        else:
+            assert result.sent == pytest.approx(formula, rel=0.02)
+
+
+@pytest.mark.distributed
+def test_the_benchmark_of_scaling_finds_what_its_formulas_say(start) -> None:
+    arms = ("data:zero1", "data:zero3", "expert:zero2")
+    found = start([{"name": "scaling", "benchmark": arms}], 2)["scaling"].found
+    assert found["link"]["gigabytes_per_second"] > 0
+    for arm in arms:
+        line = found[arm]
+        assert line["tokens_per_second"] > 0
+        assert line["rows_a_gpu"] == 12  # weak scaling: a row of every expert on each, or two of half of them
+        assert line["sent_bytes"] == pytest.approx(line["formula_bytes"], rel=2e-3, abs=300), arm
+        assert (line["formula_bytes"] == 0) == arm.startswith("expert")
+
+
+def test_what_lies_too_far_for_zero3_is_gathered_again() -> None:
+    assert gathered_again(0, 135e6) == 0.0  # SmolLM2
+    assert gathered_again(0, 8e9) == pytest.approx(1 - 0.5 / 8)
+    assert [gathered_again(135e6), gathered_again(8e9)] == [0.0, 1.0]  # the bank, which is read before the base
 
 
 @pytest.mark.distributed

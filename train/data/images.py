@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,7 +100,7 @@ class ImageSet:
             values = torch.from_numpy(self.rows[index_B.cpu().numpy()]).to(where, non_blocking=True)
         else:
             values = table[index_B.to(table.device)]
-        images = values.float().div_(127.5).sub_(1.0)
+        images = _levels(where).index_select(0, values.flatten().int()).view(values.shape)
         if flipped_B is None:
             return images
         return torch.where(flipped_B.to(where)[:, None, None, None], images.flip(-1), images)
@@ -172,6 +173,13 @@ class ImageLoader:
             self._orders = {key: order for key, order in self._orders.items() if key >= epoch - 1}
             self._orders[epoch] = torch.randperm(len(self.images), generator=generator(self.seed, "images", epoch))
         return self._orders[epoch]
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    """fp32 [256]: the float nearest to byte / 127.5 - 1, looked up, because devices round the arithmetic differently."""
+    exact = (2 * torch.arange(256, dtype=torch.float64) - 255) / 255
+    return exact.float().to(device)
 
 
 def open_images(settings: ImageSettings, part: Part = "train", device: torch.device | str = "cpu") -> ImageSet:
