@@ -11,6 +11,7 @@ from quietgoose.launch.evaluate import main
 from quietgoose.routing.expert import Expert, ExpertCard, SiteAdapter
 from quietgoose.routing.library import ExpertLibrary
 from quietgoose.routing.sites import find_sites
+from quietgoose.train import mlflow_sink
 from quietgoose.train.base_models import load_base
 from quietgoose.train.export import Provenance, export_model
 from quietgoose.train.recipe import BaseSettings, RouterSettings
@@ -223,3 +224,37 @@ def test_folders_that_cannot_be_scored_say_why(export, tmp_path, capsys, manifes
     given = folder.parent if manifest is None else folder
     assert main(["--model", str(given), "--tasks", "/nowhere", "--out", str(tmp_path / "t.json")]) == code
     assert words in capsys.readouterr().err
+
+
+def test_tables_go_to_mlflow_where_asked(export, tasks, tmp_path, capsys, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    for name, value in mlflow_sink.ENVIRONMENT.items():  # set in this process too, and taken back after the test
+        monkeypatch.setenv(name, value)
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    given = [
+        "--model",
+        export,
+        "--tasks",
+        tasks,
+        "--out",
+        tmp_path / "table.json",
+        "--bootstrap",
+        "20",
+        "--device",
+        "cpu",
+    ]
+    assert main([*map(str, given), "--tracking-uri", "file:///x"]) == 2
+    assert "QG-CFG-008 --tracking-uri: file stores are gone" in capsys.readouterr().err
+    assert not (tmp_path / "table.json").exists(), "before anything is scored"
+    assert main([*map(str, given), "--tracking-uri", store, "--experiment", "tables"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("logged to MLflow: experiment tables, run ")
+    client = MlflowClient(store)
+    run = client.get_run(said.rpartition(" ")[2])
+    means = json.loads((tmp_path / "table.json").read_text())["means"]
+    assert run.data.metrics["accuracy/phatgoose/all"] == next(
+        mean["accuracy"][0] for mean in means if (mean["arm"], mean["group"]) == ("phatgoose", "all")
+    )
+    assert {one.path for one in client.list_artifacts(run.info.run_id)} == {"table.json", "table.md", "table.csv"}
+    assert (run.info.status, run.data.params["k"]) == ("FINISHED", "2")
