@@ -3,6 +3,7 @@
     python benchmarks/kv_cache.py --out results/kv_cache.json                        # 1x4096 and 8x4096, all peers
     python benchmarks/kv_cache.py --cells 1x512 8x32768 --peers dynamic static_captured zip_captured:quality
     python benchmarks/kv_cache.py --cells 1x4096 --variants                          # ways to make the captured step
+    python benchmarks/kv_cache.py --prefill                                          # prefill alone, its host time apart
     python benchmarks/kv_cache.py --tiny                                             # a small shape, also on a CPU
 
 LLaMA3-8B's shape with random bf16 weights (no quality is claimed from it). A cell is rows x input tokens. Per cell and
@@ -18,6 +19,7 @@ import argparse
 import gc
 import json
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ import torch
 import transformers
 from kv_cache_gate import gate
 from kv_cache_runs import DEFAULT_PEERS, NotAvailable, Run, StepSettings, make_run
-from measure import Times, copy_bandwidth, elapsed_ms, peak, reset_peak, say, time_steps
+from measure import Times, copy_bandwidth, elapsed_ms, peak, reset_peak, say, time_steps, wait
 from random_models import build, llama3_8b, numbers_cached, tiny, weight_bytes
 
+PREFILL_CELLS = ("1x512", "8x512", "1x32768", "8x4096")
+PREFILL_PEERS = ("dynamic", "static_captured", "zip_captured", "zip_eager")
 VARIANTS = [
     StepSettings(fuse="none"),
     StepSettings(fuse="layer", join=False),
@@ -42,10 +46,14 @@ VARIANTS = [
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", default=None, help="rows x tokens, such as 8x4096")
-    parser.add_argument("--peers", nargs="+", default=list(DEFAULT_PEERS))
+    parser.add_argument("--peers", nargs="+", default=None)
     parser.add_argument(
         "--variants", action="store_true", help="compare ways to make the captured step instead of peers"
     )
+    parser.add_argument(
+        "--prefill", action="store_true",
+        help="time prefills only: whole and until the last launch is queued; other cells and peers by default",
+    )  # fmt: skip
     parser.add_argument("--variant-peer", default="zip_captured", help="whose step --variants makes")
     parser.add_argument("--fuse", default="layer", choices=["model", "layer", "none"])
     parser.add_argument("--stream", action="store_true", help="our kernel for linears of up to 16 rows")
@@ -61,11 +69,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-gate", action="store_true", help="time without checking; the JSON says so")
     parser.add_argument("--out", type=Path, default=Path("kv_cache.json"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.peers = options.peers or list(PREFILL_PEERS if options.prefill else DEFAULT_PEERS)
+    return options
 
 
 def cells_of(options: argparse.Namespace) -> list[tuple[int, int]]:
-    wanted = options.cells or (["1x64", "2x96"] if options.tiny else ["1x4096", "8x4096"])
+    usual = PREFILL_CELLS if options.prefill else ("1x4096", "8x4096")
+    wanted = options.cells or (["1x64", "2x96"] if options.tiny else list(usual))
     try:
         found = [tuple(int(part) for part in cell.split("x")) for cell in wanted]
         if any(len(cell) != 2 or min(cell) < 1 for cell in found):
@@ -110,6 +121,31 @@ def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def measure_prefill(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """Prefills of one peer on one cell. `host`: until the last launch is queued, so what a faster device cannot save;
+    on long prompts the host waits for a full queue and the two come together."""
+    ids = torch.randint(run.model.config.vocab_size, (run.rows, run.tokens), device=run.device)
+    found: dict[str, Any] = {"launches": run.launches(), "first_prefill_ms": round(prefill_ms(run, ids)[0], 2)}
+    pairs = [prefill_ms(run, ids)]
+    pairs += [prefill_ms(run, ids) for _ in range(max(2, min(15, int(2500 / pairs[0][0]))))]
+    whole, host = zip(*pairs)
+    found["prefill_ms"], found["host_ms"] = (Times.of(list(part)).rounded() for part in (whole, host))
+    found["cache_bytes"] = run.cache_bytes()
+    if run.device.type == "cuda":
+        found["prefill_peak_bytes"] = peak(run.device)
+    return found
+
+
+def prefill_ms(run: Run, ids: torch.Tensor) -> tuple[float, float]:
+    """(milliseconds of one prefill, those until its last launch was queued); the device is drained before and after."""
+    wait(run.device)
+    start = time.perf_counter()
+    run.prefill(ids)
+    queued = time.perf_counter()
+    wait(run.device)
+    return 1e3 * (time.perf_counter() - start), 1e3 * (queued - start)
+
+
 def with_limit(found: dict[str, Any], weights: int, bandwidth: float) -> dict[str, Any]:
     """Adds what the bytes alone would take, and the rate reached."""
     moved = weights + found["cache_bytes"]
@@ -139,7 +175,7 @@ def attempt(name: str, model: Any, cell: tuple[int, int], step: StepSettings, op
     try:
         ask_room(name, model, cell, options.steps)
         run = make_run(name, model, rows, tokens, options.steps + 16, step)
-        return measure(run, options)
+        return measure_prefill(run, options) if options.prefill else measure(run, options)
     except NotAvailable as reason:
         return {"not_available": str(reason)}
     except Exception as error:  # a peer may fail in any way; the table goes on and keeps the text
@@ -180,11 +216,32 @@ def collect(model: Any, report: dict[str, Any], options: argparse.Namespace) -> 
 
 
 def brief(found: dict[str, Any]) -> str:
+    if "host_ms" in found:
+        whole, host = found["prefill_ms"], found["host_ms"]
+        return f"prefill {whole['median']:.1f} ({whole['p20']:.1f}-{whole['p80']:.1f}) ms, host {host['median']:.1f} ms"
     decode = found["decode_ms"]
     return (
         f"prefill {found.get('prefill_ms', '-')} ms, decode {decode['median']:.2f} ({decode['p20']:.2f}-{decode['p80']:.2f}) "
         f"ms, limit {found['limit_ms']:.2f}, {found['gb_per_second']:.0f} GB/s, {found['bits_per_number']} bits"
     )
+
+
+def prefill_table(report: dict[str, Any]) -> str:
+    """Markdown, one line a cell and peer; `over` is the difference from the first peer of the cell."""
+    lines = ["|cell|cache|prefill ms (p20-p80)|over|host ms|first ms|", "|-|-|-|-|-|-|"]
+    base: dict[tuple[int, int], float] = {}
+    for r in sorted(report["results"], key=lambda r: (r["rows"] * r["tokens"], r["rows"])):
+        cell = (r["rows"], r["tokens"])
+        if "host_ms" not in r:
+            lines.append(f"|{cell[0]}x{cell[1]}|{r['peer']}|{(r.get('error') or r['not_available'])[:90]}||||")
+            continue
+        whole = r["prefill_ms"]
+        over = 100 * (whole["median"] / base.setdefault(cell, whole["median"]) - 1)
+        lines.append(
+            f"|{cell[0]}x{cell[1]}|{r['peer']}|{whole['median']:.1f} ({whole['p20']:.1f}-{whole['p80']:.1f})|{over:+.1f} %|"
+            f"{r['host_ms']['median']:.1f}|{r['first_prefill_ms']:.0f}|"
+        )
+    return "\n".join(lines)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -241,7 +298,7 @@ def main() -> None:
     model = build(tiny() if options.tiny else llama3_8b(options.layers), device, dtype)
     collect(model, report, options)
     say("done")
-    print(table(report))
+    print(prefill_table(report) if options.prefill else table(report))
 
 
 if __name__ == "__main__":

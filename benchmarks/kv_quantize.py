@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from measure import copy_bandwidth
 from quietgoose.base.errors import ExitCode
-from quietgoose.kernels.quantize import BLOCK, append_packed, empty_arena
+from quietgoose.kernels.quantize import BLOCK, BitTables, append_ranked, empty_arena
 from quietgoose.kernels.saliency import choose_probes, probe_saliency, select_salient
 from quietgoose.kernels.testing import assert_close, assert_same
 from torch.nn import functional
@@ -62,6 +62,8 @@ class Layer:
         self.arenas = [
             empty_arena(bits, batch, kv_heads, width, tokens, tokens // BLOCK + 1, dtype, "cuda") for bits in (4, 2)
         ]
+        bits = torch.zeros(batch, kv_heads + 1, -(-tokens // 8), dtype=torch.uint8, device="cuda")
+        self.tables = BitTables(bits[:, 1:].contiguous(), bits[:, 0].contiguous(), 0)
         self.probes = self.choose()
         self.rows = self.gather()
         self.scores = self.saliency()
@@ -85,7 +87,17 @@ class Layer:
         for arena in self.arenas:  # back to empty: every timed turn writes the same blocks
             arena.block_start.zero_()
             arena.num_blocks.zero_()
-        append_packed(*self.arenas, self.key, self.value, self.chosen, self.valid, **how)
+        append_ranked(
+            *self.arenas,
+            self.tables,
+            self.key,
+            self.value,
+            self.valid,
+            self.valid,
+            ratio=RATIO,
+            scores=self.scores,
+            **how,
+        )
 
     def sdpa(self) -> torch.Tensor:
         return functional.scaled_dot_product_attention(
@@ -99,8 +111,7 @@ class Layer:
         kept = count * width * 2 * (4 * RATIO + 2 * (1 - RATIO)) / 8 + count * 4 + count / BLOCK * width * 4
         return {
             "saliency": 2 * self.key.numel() + 2 * self.rows.numel() + 4 * self.scores.numel(),
-            "select": 5 * self.scores.numel(),
-            "pack": int(4 * count * width + self.scores.numel() + kept),
+            "pack": int(4 * count * width + 4 * self.scores.numel() + kept),
             "sdpa_prefill": 4 * self.query.numel() + 4 * self.key.numel(),
         }
 
@@ -117,6 +128,7 @@ def gate(shape: str) -> None:
                 tensor.zero_()
         layer.pack(implementation=implementation)
         written.append([{name: tensor.clone() for name, tensor in arena.tensors().items()} for arena in layer.arenas])
+        written[-1].append({"salient": layer.tables.salient.clone(), "valid": layer.tables.valid.clone()})
     for got, want in zip(*written):
         for name in got:
             assert_same(name, got[name], want[name])
@@ -125,8 +137,8 @@ def gate(shape: str) -> None:
 def measure(shape: str, batch: int, tokens: int, bandwidth: float, repeats: int) -> dict[str, Any]:
     layer = Layer(shape, batch, tokens)
     steps = {
-        "choose_probes": layer.choose, "gather_rows": layer.gather, "saliency": layer.saliency, "select": layer.select,
-        "pack": layer.pack, "sdpa_prefill": layer.sdpa,
+        "choose_probes": layer.choose, "gather_rows": layer.gather, "saliency": layer.saliency, "pack": layer.pack,
+        "sdpa_prefill": layer.sdpa,
     }  # fmt: skip
     result: dict[str, Any] = {"shape": shape, "batch": batch, "tokens": tokens, "probes": layer.probes.shape[1]}
     limits = layer.bytes_of()
@@ -135,7 +147,7 @@ def measure(shape: str, batch: int, tokens: int, bandwidth: float, repeats: int)
         if name in limits:
             result[name]["byte_limit_ms"] = round(limits[name] / bandwidth * 1e3, 4)
     flush = Layer(shape, batch, FLUSH)
-    result["flush_select_and_pack"] = timed(lambda: (flush.select(), flush.pack()), repeats)
+    result["flush"] = timed(flush.pack, repeats)
     total = sum(result[name]["median_ms"] for name in list(steps)[:-1])
     result["added_ms"] = round(total, 4)
     result["added_over_sdpa_prefill"] = round(total / result["sdpa_prefill"]["median_ms"], 4)

@@ -6,6 +6,7 @@ The host knows upper bounds only (rows with padding hold less), which is what ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,19 +53,20 @@ def static_room(policy: Policy, tokens: int) -> tuple[Room, Room]:
     high = share_of(policy.salient_ratio, tokens) + (flushes if policy.splits else 0)
     low = tokens - share_of(policy.salient_ratio, tokens)
     return (
-        Room(_round(high), -(-high // BLOCK) + flushes),
-        Room(_round(low), -(-low // BLOCK) + (flushes if low else 1)),
+        Room(rounded(high), -(-high // BLOCK) + flushes),
+        Room(rounded(low), -(-low // BLOCK) + (flushes if low else 1)),
     )
 
 
-def grown(arena: PackedArena, needed: Room, dtype: torch.dtype) -> PackedArena:
+def grown(arena: PackedArena, needed: Room, dtype: torch.dtype, *, is_empty: bool = False) -> PackedArena:
     """The same content in an arena at least GROWTH times as large as before, and large enough."""
     slots, blocks = arena.capacity, arena.block_capacity
     if needed.slots > slots:
-        slots = _round(max(needed.slots, int(slots * GROWTH)))
+        slots = rounded(max(needed.slots, int(slots * GROWTH)))
     if needed.blocks > blocks:
         blocks = max(needed.blocks, int(blocks * GROWTH) + 1)
-    return copy_into(make_arena(arena, arena.num_blocks.shape[0], Room(slots, blocks), dtype), arena)
+    made = make_arena(arena, arena.num_blocks.shape[0], Room(slots, blocks), dtype)
+    return made if is_empty else copy_into(made, arena)
 
 
 def make_arena(like: PackedArena, batch: int, room: Room, dtype: torch.dtype) -> PackedArena:
@@ -88,6 +90,11 @@ def copy_into(target: PackedArena, source: PackedArena, room: Room | None = None
     target.num_blocks.copy_(source.num_blocks)
     target.value_channel.copy_(source.value_channel)
     return target
+
+
+def empty(held: Sequence[PackedArena]) -> None:
+    """No tokens; storage stays. One launch for all arenas."""
+    torch._foreach_zero_([table for arena in held for table in (arena.block_start, arena.num_blocks)])
 
 
 def trimmed(arena: PackedArena, room: Room) -> dict[str, Tensor]:
@@ -128,5 +135,6 @@ def move(arena: PackedArena, device: torch.device) -> PackedArena:
     return replace(arena, **{name: tensor.to(device) for name, tensor in arena.tensors().items()})
 
 
-def _round(slots: int) -> int:
+def rounded(slots: int) -> int:
+    """A capacity for so many slots."""
     return max(SLOT_STEP, -(-slots // SLOT_STEP) * SLOT_STEP)

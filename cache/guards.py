@@ -27,7 +27,10 @@ def stateful(method: F) -> F:
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
+        recording, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if not recording and not inference:  # as inside a model's forward: nothing to enter, every layer and step
+            return method(self, *args, **kwargs)
+        if recording:
             for tensor in (*args, *kwargs.values()):
                 refuse_gradient(tensor)
         with torch.inference_mode(False), torch.no_grad():

@@ -23,11 +23,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..base.errors import EnvironmentProblem, RecipeError
+from .columns import SharedTables
 from .hf_attention import NAME, restore, switch
 from .hf_layer import SharedConfig, ZipLayer, warn_once
 from .memory import Bytes
 from .policy import Policy, resolve_policy
-from .scoring import SharedProbes
 
 __all__ = ["NAME", "ZipCache", "restore", "switch"]
 
@@ -62,11 +62,11 @@ class ZipCache(Cache):
         self.policy = resolve_policy(policy)
         self.capacity = capacity
         text = config.get_text_config(decoder=True)
-        shared, probes = SharedConfig(text), SharedProbes()
+        shared, tables = SharedConfig(text), SharedTables()
         layers: list[Any] = []
         for index, stock in enumerate(DynamicCache(config=text).layers):
             if type(stock) is DynamicLayer:
-                layers.append(ZipLayer(self.policy, index, shared, capacity, offload, probes))
+                layers.append(ZipLayer(self.policy, index, shared, capacity, offload, tables))
             elif type(stock) in KEPT_STOCK:
                 layers.append(stock)
             else:
@@ -103,10 +103,10 @@ class ZipCache(Cache):
         """
         if isinstance(times, bool) or not isinstance(times, int) or times < 1:
             raise RecipeError(f"fork({times!r}): a number of continuations, at least 1", code="CFG-072")
-        made, probes = self._shell(), SharedProbes()
+        made, tables = self._shell(), SharedTables()
         for layer in self.layers:
             if isinstance(layer, ZipLayer):
-                made.layers.append(layer.fork(times, probes))
+                made.layers.append(layer.fork(times, tables))
             else:
                 twin: Any = copy.deepcopy(layer)
                 if not hasattr(twin, "batch_repeat_interleave"):

@@ -21,10 +21,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..base.errors import RecipeError
 from ..kernels.cached_attention import merge
+from .columns import SharedTables, shared_validity
 from .hf_attention import HANDLE, NAME, HandledLength, columns_seen, stock_attention, stock_name
 from .hf_causal import causal_attention
 from .policy import Policy
-from .scoring import SharedProbes
 from .state import LayerState
 
 PIECES = 4  # queries up to this many times max_query still go through the tail, in pieces
@@ -66,10 +66,10 @@ class ZipLayer(CacheLayerMixin):
 
     def __init__(
         self, policy: Policy, layer_index: int, shared: SharedConfig, capacity: int | None = None, offload: bool = False,
-        probes: SharedProbes | None = None,
+        tables: SharedTables | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.probes = probes  # one for all layers of a cache
+        self.tables = tables  # one for all layers of a cache
         self.policy = policy
         self.layer_index = layer_index
         self.shared = shared
@@ -100,18 +100,13 @@ class ZipLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._check_shape(key_states, value_states)
-        batch, kv_heads, _, head_dim = key_states.shape
+        batch, kv_heads, length, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.state = LayerState(
-            self.policy,
-            batch=batch,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=self.dtype,
-            device=self.device,
-            capacity=self.capacity,
-            layer_index=self.layer_index,
-        )
+            self.policy, batch=batch, kv_heads=kv_heads, head_dim=head_dim, dtype=self.dtype, device=self.device,
+            capacity=self.capacity, layer_index=self.layer_index,
+            expected=length if length > self.policy.max_query else 0,
+        )  # fmt: skip
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -225,7 +220,7 @@ class ZipLayer(CacheLayerMixin):
         new, new_lse = causal_attention(query, key, value, valid, scaling=scaling)
         old, old_lse = state.attend_history(query, scaling=scaling)
         out, _ = merge(old, old_lse, new, new_lse)
-        state.prefill(query, key, value, valid, scaling=scaling, probes=self.probes)
+        state.prefill(query, key, value, valid, scaling=scaling, shared=self.tables)
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
     def _dense(
@@ -285,15 +280,19 @@ class ZipLayer(CacheLayerMixin):
         if query.shape[2] <= self.policy.max_query:
             state.append(key, value, valid)
         else:
-            state.prefill(query, key, value, valid, scaling=scaling, probes=self.probes)
+            state.prefill(query, key, value, valid, scaling=scaling, shared=self.tables)
 
     def _validity(self, mask: Tensor | None, key: Tensor) -> Tensor | None:
         """bool [B,n]: which of the new tokens are not padding; None: all."""
         if mask is None:
             return None
         batch, _, length, _ = key.shape
-        seen = columns_seen(mask, length) if mask.dim() == 4 else mask[:, -length:].bool()
-        return seen.to(key.device).expand(batch, length)
+
+        def make() -> Tensor:
+            seen = columns_seen(mask, length) if mask.dim() == 4 else mask[:, -length:].bool()
+            return seen.to(key.device).expand(batch, length)
+
+        return shared_validity(self.tables, self.layer_index, mask, make, batch, length, key.device)
 
     def _update_under_stock(self, state: LayerState, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The config went back to a stock implementation: store by ourselves, return everything dequantised."""
@@ -348,9 +347,9 @@ class ZipLayer(CacheLayerMixin):
         if self.state is not None:
             self.state.to(self.device)
 
-    def fork(self, times: int, probes: SharedProbes) -> ZipLayer:
+    def fork(self, times: int, tables: SharedTables) -> ZipLayer:
         """A layer of another cache with `times` rows for each of ours, sharing what is packed."""
-        made = ZipLayer(self.policy, self.layer_index, self.shared, self.capacity, self.offloads, probes)
+        made = ZipLayer(self.policy, self.layer_index, self.shared, self.capacity, self.offloads, tables)
         made.blind, made.hidden = self.blind, self.hidden
         if self.state is not None:
             made.adopt(self.state.fork(times), self.dtype, self.device)

@@ -27,11 +27,13 @@ class Segment:
 class History:
     """Segments and the own store of B rows."""
 
-    def __init__(self, policy: Policy, shape: Shape, batch: int, device: torch.device, capacity: int | None) -> None:
+    def __init__(
+        self, policy: Policy, shape: Shape, batch: int, device: torch.device, capacity: int | None, expected: int = 0
+    ) -> None:
         self.policy, self.shape, self.capacity = policy, shape, capacity
         self.segments: list[Segment] = []
         skip = torch.full((batch,), policy.sink_tokens, dtype=torch.int32, device=device)
-        self.store = PackedStore(policy, shape, skip, capacity=capacity)
+        self.store = PackedStore(policy, shape, skip, capacity=capacity, expected=expected)
 
     @property
     def parts(self) -> list[Segment]:
@@ -40,7 +42,8 @@ class History:
 
     @property
     def columns(self) -> int:
-        return sum(part.store.columns for part in self.parts)
+        own = self.store.columns
+        return own + sum(part.store.columns for part in self.segments) if self.segments else own
 
     @property
     def batch(self) -> int:
@@ -52,6 +55,8 @@ class History:
 
     def valid_count(self) -> Tensor:
         """Valid columns of each row, int64 [B]."""
+        if self.columns == 0:
+            return torch.zeros(self.batch, dtype=torch.int64, device=self.store.skip.device)
         return self.valid().sum(1)
 
     def crop(self, columns: int) -> bool:
@@ -92,8 +97,10 @@ class History:
         self._open()
 
     def clear(self) -> None:
+        if self.segments:  # a store behind segments had other sinks to wait for
+            self.store.skip.fill_(self.policy.sink_tokens)
         self.segments = []
-        self.store.clear(self.policy.sink_tokens)
+        self.store.clear()
 
     def to(self, device: torch.device) -> None:
         self.segments = [Segment(part.store.to(device), part.share) for part in self.segments]

@@ -7,6 +7,7 @@ lengths, so counting reads the device: not for a hot path.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -74,19 +75,19 @@ def store_bytes(store: PackedStore) -> Bytes:
     if store.limits is not None:
         bitmap += _size(store.limits[0]) + _size(store.limits[1])
     total = codes + parameters + bitmap
-    allocated = sum(_size(tensor) for tensor in store.tensors().values())
+    allocated = _storage(store.tensors().values())
     return Bytes(codes, parameters, bitmap, total=total, unused_capacity=allocated - total)
 
 
 def tail_bytes(window: TailWindow) -> Bytes:
     """Bytes of the 16-bit slots in use and of their saliency sums."""
     used, width = window.used, window.policy.tail_slots
-    tail, saliency, allocated = window.tail, 0, 0
+    tail, saliency = window.tail, 0
     part = sum(_size(t) for t in (tail.key, tail.value, tail.valid)) * used // width + _size(tail.length)
     if window.buffers is not None and window.count is not None:
         sums = _size(window.buffers.total) + _size(window.buffers.pending) + _size(window.count)
         saliency = sums * used // width + _size(window.buffers.accepted)
-    allocated = sum(_size(tensor) for tensor in window.tensors().values())
+    allocated = _storage(window.tensors().values())
     total = part + saliency
     return Bytes(tail=part, saliency=saliency, total=total, unused_capacity=allocated - total)
 
@@ -94,6 +95,12 @@ def tail_bytes(window: TailWindow) -> Bytes:
 def _bytes_per(tensor: Tensor) -> int:
     """Bytes of one slot or block: heads and channels of [B, Hk, C, ...]."""
     return tensor[0, :, 0].numel() * tensor.element_size()
+
+
+def _storage(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that these tensors lie in, what aligns them included."""
+    held = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
 def _size(tensor: Tensor) -> int:

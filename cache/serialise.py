@@ -149,6 +149,7 @@ def _fill_window(state: LayerState, found: Mapping[str, Tensor], described: Mapp
             tensor = tensor[:, :, :used] if name in _SLOT_AXIS_2 else tensor[..., :used]
         tensor.copy_(_checked(name, found[name], tensor))
     window.used, window.decode_from, window.evident = used, described["decode_from"], described["evident"]
+    window.blank = False
 
 
 def _checked(name: str, tensor: Tensor, like: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ from ..base.errors import RecipeError
 from ..kernels.cached_attention import SaliencyBuffers, Tail
 from ..kernels.quantize import PackedArena, key_rounding
 from . import guards, packing, reading, serialise
+from .columns import SharedTables, columns_of_chunk, columns_of_window
 from .guards import stateful
 from .history import History
 from .memory import Bytes, state_bytes
 from .policy import Policy
-from .scoring import Chunk, SharedProbes
 from .store import Shape
 from .tail import TailWindow
 
@@ -53,9 +53,11 @@ class LayerState:
         capacity: int | None = None,
         layer_index: int = 0,
         sequence_id: Tensor | None = None,
+        expected: int = 0,
     ) -> None:
         """capacity: tokens of a row for static arenas (CUDA graphs); None lets arenas grow by half.
 
+        expected: columns of the first prefill, so that arenas that grow are made for it at once
         sequence_id int64 [B] tells the rows' random probes apart (default: row number). Raises RecipeError.
         """
         self.whole_policy, self.policy = policy, policy.for_layer(layer_index)
@@ -63,10 +65,13 @@ class LayerState:
         self.layer_index, self.capacity = layer_index, capacity
         self.shape = Shape(kv_heads, head_dim, dtype)
         device = torch.device(device)
-        self.history = History(self.policy, self.shape, batch, device, capacity)
+        leaving = max(0, expected - self.policy.recent_tokens)
+        self.history = History(self.policy, self.shape, batch, device, capacity, leaving)
         self.window = TailWindow(self.policy, self.shape, batch, device)
-        ids = torch.arange(batch, device=device) if sequence_id is None else sequence_id
-        self.sequence_id = ids.to(device=device, dtype=torch.int64).clone()
+        if sequence_id is None:
+            self.sequence_id = torch.arange(batch, device=device)
+        else:
+            self.sequence_id = sequence_id.to(device=device, dtype=torch.int64).clone()
         self.layout_version = 0
 
     # what there is ---------------------------------------------------------------------------------------------
@@ -121,13 +126,13 @@ class LayerState:
     @stateful
     def prefill(
         self, query: Tensor | None, key: Tensor, value: Tensor, valid: Tensor | None, *, scaling: float,
-        probes: SharedProbes | None = None,
+        shared: SharedTables | None = None,
     ) -> None:  # fmt: skip
         """Store n columns at once and pack all but the last `recent_tokens` columns.
 
         query [B,H,n,D] after RoPE, or None: the salient tokens are then evenly spaced, with one warning
         key, value [B,Hk,n,D]; valid bool [B,n] (None: no padding)
-        probes: the same object for all layers of a forward, so that only the first one chooses probe rows
+        shared: the same object for all layers of a forward, so that only the first one makes their common tables
         The attention output of these tokens is not computed here.
         """
         self._may_change("prefill")
@@ -136,25 +141,19 @@ class LayerState:
             return
         guards.check_capacity(self.capacity, self.seq_length + key.shape[2])
         window, old = self.window, self.window.columns
-        if valid is None:
-            valid = torch.ones(self.batch, key.shape[2], dtype=torch.bool, device=self.device)
-        valid = valid.to(self.device, torch.bool)
+        columns = columns_of_chunk(self, valid, key.shape[2], shared)
         if old:
             key = torch.cat([window.tail.key[:, :, window.window], key], dim=2)
             value = torch.cat([window.tail.value[:, :, window.window], value], dim=2)
-            valid = torch.cat([window.tail.valid[:, window.window].bool(), valid], dim=1)
-        chunk = Chunk(key, valid, packing.rank(self, valid), old)
-        scores, evidence = packing.score_chunk(self, chunk, query, scaling, probes)
-        leaving = key.shape[2] - min(self.policy.recent_tokens, key.shape[2])
-        rounding = None
+        scores, evidence = packing.score_chunk(self, columns, key, query, scaling)
+        leaving, rounding = columns.leaving, None
         if self.policy.rounds_with_queries and leaving:
             if query is None:
                 guards.warn_without_queries()
             else:
-                rounding = key_rounding(query, valid[:, old:], key, valid)
-        packing.retire(self, chunk, value, scores, leaving, rounding)
-        kept = None if evidence is None else (evidence[0][:, :, leaving:], evidence[1][:, leaving:])
-        window.refill(key[:, :, leaving:], value[:, :, leaving:], valid[:, leaving:], kept)
+                rounding = key_rounding(query, columns.valid[:, old:], key, columns.valid)
+        packing.retire(self, columns, key, value, scores, rounding)
+        window.refill(key[:, :, leaving:], value[:, :, leaving:], columns.valid[:, leaving:], evidence)
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         """Put q <= max_query columns [B,Hk,q,D] into the tail, after a flush when it is full. valid bool [B,q]."""
@@ -185,6 +184,7 @@ class LayerState:
     def advance(self, queries: int = 1, *, attended: bool = True) -> None:
         """Host work after a write; `attended` says that the same (replayed) step called `attend`."""
         self.window.used += queries
+        self.window.blank = False  # a replayed step wrote to it
         self.window.evident |= attended
 
     @stateful
@@ -196,10 +196,11 @@ class LayerState:
         leaving = window.columns - keep
         if leaving == 0:
             return
-        valid = window.tail.valid[:, window.window].bool()
-        chunk = Chunk(window.tail.key[:, :, window.window], valid, packing.rank(self, valid), window.columns)
-        scores = packing.score_window(self, chunk)
-        packing.retire(self, chunk, window.tail.value[:, :, window.window], scores, leaving)
+        columns = columns_of_window(self, leaving)
+        scores = packing.score_window(self, columns)
+        packing.retire(
+            self, columns, window.tail.key[:, :, window.window], window.tail.value[:, :, window.window], scores
+        )
         window.keep_last(keep)
 
     # attending -------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ class LayerState:
         Query i sees columns up to its own. Updates the saliency of the tail; the contributions of this call are final
         only when the next one comes, so that `crop` can undo them.
         """
-        self.window.evident = True
+        self.window.evident, self.window.blank = True, False
         return reading.attend(self.history, self.window, query, scaling=scaling)
 
     @stateful

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..base.errors import RecipeError
-from ..kernels.quantize import KeyRounding, PackedArena, append_packed, dequantize, empty_arena
+from ..kernels.quantize import BitTables, KeyRounding, PackedArena, append_ranked, dequantize, empty_arena
+from ..kernels.quantize.bits import pack_bits, unpack_bits
+from ..kernels.quantize.layout import zeros_together
 from . import arenas
 from .arenas import Room
-from .bits import pack_bits, unpack_bits, write_bits
 from .policy import Policy
 
 
@@ -51,26 +52,31 @@ class Shape:
 class PackedStore:
     """Arenas and bit tables of some consecutive columns of B rows."""
 
-    def __init__(self, policy: Policy, shape: Shape, skip: Tensor, *, capacity: int | None = None) -> None:
-        """skip int32 [B]: leading valid columns that are kept elsewhere; its device is the store's."""
+    def __init__(
+        self, policy: Policy, shape: Shape, skip: Tensor, *, capacity: int | None = None, expected: int = 0
+    ) -> None:
+        """skip int32 [B]: leading valid columns that are kept elsewhere; its device is the store's.
+
+        expected: columns of the first flush where storage grows, so that it need not grow at once
+        """
         self.policy, self.shape, self.capacity = policy, shape, capacity
         self.skip = skip
         self.columns = 0
         self.flushes: list[Flush] = []
         self.limits: tuple[Tensor, Tensor] | None = None  # int32 [B, Hk] each
         self.readers: WeakSet = WeakSet()  # forks that read these arenas
-        room = (Room(), Room()) if capacity is None else arenas.static_room(policy, capacity)
+        room = arenas.flush_room(policy, expected) if capacity is None else arenas.static_room(policy, capacity)
         batch, device = skip.shape[0], skip.device
         self.high, self.low = (
             empty_arena(
-                bits, batch, shape.kv_heads, shape.head_dim, max(r.slots, arenas.SLOT_STEP), max(r.blocks, 1),
-                shape.dtype, device,
+                bits, batch, shape.kv_heads, shape.head_dim, arenas.rounded(r.slots), max(r.blocks, 1), shape.dtype, device
             )
             for bits, r in zip((policy.high_bits, policy.low_bits), room)
         )  # fmt: skip
-        columns = capacity or 8 * arenas.SLOT_STEP
-        self.salient_bits = torch.zeros(batch, shape.kv_heads, -(-columns // 8), dtype=torch.uint8, device=device)
-        self.valid_bits = torch.zeros(batch, -(-columns // 8), dtype=torch.uint8, device=device)
+        width = -(-(capacity or max(expected, 8 * arenas.SLOT_STEP)) // 8)
+        self.salient_bits, self.valid_bits = zeros_together(
+            [((batch, shape.kv_heads, width), torch.uint8), ((batch, width), torch.uint8)], device
+        )
 
     @property
     def batch(self) -> int:
@@ -101,7 +107,7 @@ class PackedStore:
                     "take a block each: give a larger capacity, or longer chunks",
                     code="CFG-052",
                 )
-            setattr(self, name, arenas.grown(arena, needed, self.shape.dtype))
+            setattr(self, name, arenas.grown(arena, needed, self.shape.dtype, is_empty=self.columns == 0))
             moved = True
         self.reserve_columns(tokens)
         return moved
@@ -119,20 +125,25 @@ class PackedStore:
         self,
         key: Tensor,
         value: Tensor,
-        salient: Tensor,
         stored: Tensor,
         valid: Tensor,
+        *,
+        ratio: float,
+        scores: Tensor | None = None,
+        salient: Tensor | None = None,
         rounding: KeyRounding | None = None,
     ) -> bool:
-        """Append n columns: key, value [B,Hk,n,D], salient bool [B,Hk,n], stored, valid bool [B,n]; True if moved.
+        """Append n columns: key, value [B,Hk,n,D], stored, valid bool [B,n]; True if tensors moved.
 
-        Nothing that is packed already changes. No synchronisation.
+        Salient are the `ratio` of the stored with the best scores [B,Hk,n]; without scores all or none (ratio 1 or 0), or
+        `salient` bool [B,Hk,n]. Nothing that is packed already changes. No synchronisation.
         """
         tokens = key.shape[2]
         moved = self.reserve(tokens)
-        append_packed(self.high, self.low, key, value, salient, stored, rounding=rounding)
-        write_bits(self.salient_bits, self.columns, salient)
-        write_bits(self.valid_bits, self.columns, valid)
+        append_ranked(
+            self.high, self.low, BitTables(self.salient_bits, self.valid_bits, self.columns), key, value, stored, valid,
+            ratio=ratio, scores=scores, salient=salient, rounding=rounding,
+        )  # fmt: skip
         end = self.columns + tokens
         self.flushes.append(Flush(self.columns, end, *arenas.flush_room(self.policy, tokens)))
         self.columns = end
@@ -257,12 +268,9 @@ class PackedStore:
             store.limits = (self.limits[0].to(device), self.limits[1].to(device))
         return store
 
-    def clear(self, skip: int) -> None:
+    def clear(self) -> None:
         """Forget all columns; storage stays."""
-        for arena in (self.high, self.low):
-            arena.block_start.zero_()
-            arena.num_blocks.zero_()
-        self.skip.fill_(skip)
+        arenas.empty([self.high, self.low])
         self.columns, self.flushes, self.limits = 0, [], None
 
     # all tensors -----------------------------------------------------------------------------------------------

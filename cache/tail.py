@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cached_attention import MAX_QUERY, SaliencyBuffers, Tail
+from ..kernels.quantize.layout import zeros_together
 from .policy import Policy
 from .store import Shape
 
@@ -26,35 +27,47 @@ class TailWindow:
 
     def __init__(self, policy: Policy, shape: Shape, batch: int, device: torch.device) -> None:
         self.policy, self.shape = policy, shape
-        self.sinks = policy.sink_tokens
+        self.sinks = self.used = self.decode_from = policy.sink_tokens
+        self.evident = False  # does any evidence exist?
+        self.blank = True  # neither columns nor evidence, on the device too (sinks apart)
         width, heads = policy.tail_slots, shape.kv_heads
+        tokens = ((batch, heads, width, shape.head_dim), shape.dtype)
+        sums = [((batch, heads, width), torch.float32), ((batch, heads, MAX_QUERY, width), torch.float32)]
+        sums += [((1,), torch.int32), ((batch, width), torch.float32)]
+        key, value, *made = zeros_together([tokens, tokens, *(sums if policy.uses_attention else ())], device)
         self.tail = Tail(
-            key=torch.zeros(batch, heads, width, shape.head_dim, dtype=shape.dtype, device=device),
-            value=torch.zeros(batch, heads, width, shape.head_dim, dtype=shape.dtype, device=device),
+            key=key,
+            value=value,
             valid=torch.ones(batch, width, dtype=torch.uint8, device=device),
             length=torch.full((1,), self.sinks, dtype=torch.int32, device=device),
         )
-        self.buffers: SaliencyBuffers | None = None
-        self.count: Tensor | None = None
-        if policy.uses_attention:
-            self.buffers = SaliencyBuffers(
-                total=torch.zeros(batch, heads, width, dtype=torch.float32, device=device),
-                pending=torch.zeros(batch, heads, MAX_QUERY, width, dtype=torch.float32, device=device),
-                accepted=torch.zeros(1, dtype=torch.int32, device=device),
-            )
-            self.count = torch.zeros(batch, width, dtype=torch.float32, device=device)
-        self.clear()
+        if self.sinks:
+            self.tail.valid[:, : self.sinks] = 0
+        self.buffers = SaliencyBuffers(*made[:3]) if made else None
+        self.count: Tensor | None = made[3] if made else None
 
     def clear(self) -> None:
         """No tokens, no evidence."""
-        self.tail.valid[:, : self.sinks] = 0
+        self.evident = False
+        if self.sinks:
+            self.tail.valid[:, : self.sinks] = 0
+        self.empty()
+
+    def empty(self) -> None:
+        """No columns in the window and no evidence; sinks stay. Nothing to do where it is so already."""
         self.decode_from = self.sinks
-        self.evident = False  # does any evidence exist?
+        if self.blank:
+            return
         self.set_used(self.sinks)
         self.tail.valid[:, self.sinks :] = 1
+        self._forget()
+        self.blank = True
+
+    def _forget(self) -> None:
+        """No evidence, on the device."""
         if self.buffers is not None and self.count is not None:
-            for tensor in (self.buffers.total, self.buffers.pending, self.buffers.accepted, self.count):
-                tensor.zero_()
+            torch._foreach_zero_([self.buffers.total, self.buffers.pending, self.count])
+            self.buffers.accepted.zero_()
 
     @property
     def columns(self) -> int:
@@ -66,13 +79,14 @@ class TailWindow:
         return slice(self.sinks, self.used)
 
     def set_used(self, used: int) -> None:
-        self.used = used
+        self.used, self.blank = used, False
         self.tail.length.fill_(used)
 
     # tokens ----------------------------------------------------------------------------------------------------
 
     def write(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Device work of an append: q tokens [B,Hk,q,D] at the device's length, which grows. Capturable."""
+        self.blank = False
         queries = key.shape[2]
         if queries == 1 and key.is_cuda and valid is None:
             from .decode_append import write_last
@@ -111,18 +125,19 @@ class TailWindow:
 
     def refill(self, key: Tensor, value: Tensor, valid: Tensor, evidence: tuple[Tensor, Tensor] | None) -> None:
         """The window becomes these columns: key, value [B,Hk,m,D], valid bool [B,m], evidence ([B,Hk,m], [B,m])."""
+        if key.shape[2] == 0:
+            self.empty()
+            return
         self.set_used(self.sinks + key.shape[2])
         self.decode_from = self.used
         self.tail.key[:, :, self.window] = key
         self.tail.value[:, :, self.window] = value
         self.tail.valid[:, self.window] = valid.to(torch.uint8)
         self.tail.valid[:, self.used :] = 1
-        if self.buffers is not None and self.count is not None:
-            for tensor in (self.buffers.total, self.count, self.buffers.accepted, self.buffers.pending):
-                tensor.zero_()
-            if evidence is not None:
-                self.buffers.total[:, :, self.window] = evidence[0]
-                self.count[:, self.window] = evidence[1]
+        self._forget()
+        if evidence is not None and self.buffers is not None and self.count is not None:
+            self.buffers.total[:, :, self.window] = evidence[0]
+            self.count[:, self.window] = evidence[1]
 
     def fill_sinks(self, key: Tensor, value: Tensor, rank: Tensor, leaving: Tensor) -> None:
         """Tokens [B,Hk,m,D] of rank < sinks among their row's valid ones move to their slots; no synchronisation.
@@ -176,6 +191,7 @@ class TailWindow:
             per_row = name not in ("tail.length", "saliency.accepted")
             tensor.copy_(theirs[name].index_select(0, index) if per_row else theirs[name])
         self.used, self.decode_from, self.evident = other.used, other.decode_from, other.evident
+        self.blank = other.blank
 
     def to(self, device: torch.device) -> None:
         self._replace(lambda tensor: tensor.to(device), in_place=False, shared=True)

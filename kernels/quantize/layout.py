@@ -16,7 +16,11 @@ channels j, j + D/4, j + D/2, j + 3D/4 from low bits to high. Readers: kernels/c
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +32,7 @@ BITS = (2, 4, 16)
 PARAMETER_DTYPE = torch.float16
 MODEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)  # of the quantize and saliency kernels
+_ALIGNMENT = 256  # bytes, as the allocator gives them
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,15 @@ class PackedArena:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
+@dataclass(frozen=True)
+class BitTables:
+    """One bit a column, lowest bit of a byte first: where `append_ranked` notes what it did with each token."""
+
+    salient: Tensor  # uint8 [B, Hk, M]: went to the high arena
+    valid: Tensor  # uint8 [B, M]
+    column: int  # of the first new token; at least ceil((column + n) / 8) bytes are there
+
+
 def empty_arena(
     bits: int,
     batch: int,
@@ -86,22 +100,32 @@ def empty_arena(
     lossless = bits == 16
     width, code_dtype = (head_dim, dtype) if lossless else (head_dim * bits // 8, torch.uint8)
     slots, groups, channels = (0, 0, 0) if lossless else (capacity, blocks, head_dim)
+    codes = ((batch, kv_heads, capacity, width), code_dtype)
+    per_slot = ((batch, kv_heads, slots), PARAMETER_DTYPE)
+    per_block = ((batch, kv_heads, groups, head_dim), PARAMETER_DTYPE)
+    tables = (((batch, blocks + 1), torch.int32), ((batch,), torch.int32))
+    channel = ((batch, kv_heads, channels), PARAMETER_DTYPE)
+    made = zeros_together([codes, codes, per_slot, per_slot, per_block, per_block, channel, *tables], device)
+    return PackedArena(bits, *made)
 
-    def parameters(*shape: int) -> Tensor:
-        return torch.zeros(batch, kv_heads, *shape, dtype=PARAMETER_DTYPE, device=device)
 
-    return PackedArena(
-        bits=bits,
-        key_codes=torch.zeros(batch, kv_heads, capacity, width, dtype=code_dtype, device=device),
-        value_codes=torch.zeros(batch, kv_heads, capacity, width, dtype=code_dtype, device=device),
-        value_scale=parameters(slots),
-        value_min=parameters(slots),
-        key_scale=parameters(groups, head_dim),
-        key_min=parameters(groups, head_dim),
-        value_channel=parameters(channels),
-        block_start=torch.zeros(batch, blocks + 1, dtype=torch.int32, device=device),
-        num_blocks=torch.zeros(batch, dtype=torch.int32, device=device),
-    )
+def zeros_together(pieces: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device | str) -> list[Tensor]:
+    """Zeroed contiguous tensors of these shapes and dtypes: one allocation, one launch. They live and die together."""
+    size, places = _places(tuple(pieces))
+    storage = torch.zeros(size, dtype=torch.uint8, device=device)
+    views = {dtype: storage.view(dtype) for _, dtype in pieces}
+    return [views[dtype].as_strided(*place) for (_, dtype), place in zip(pieces, places)]
+
+
+@lru_cache(maxsize=64)
+def _places(pieces: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> tuple[int, list[tuple[Any, Any, int]]]:
+    """(bytes in all, shape, strides and first element of each piece); every layer of a model asks for the same."""
+    places, end = [], 0
+    for shape, dtype in pieces:
+        steps = [math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape))]
+        places.append((shape, steps, end // dtype.itemsize))
+        end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return end, places
 
 
 def check_bits(bits: int, head_dim: int) -> None:

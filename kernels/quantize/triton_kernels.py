@@ -1,12 +1,11 @@
-"""Triton: place every token, then gather, quantise, pack and store, without asking the host anything.
+"""Triton: gather, quantise, pack and store tokens that triton_place.py has given their slots.
 
-    _plan      one program per (row, head): which token goes to which slot of which arena; one a row updates the tables
-    _channels  one program per (row, head, arena): channel scales of the values, where a row begins
-    _pack      one program per (row, head, block, keys or values), once per arena
+    _pack      one program per (row, head, block, arena, keys or values)
 
-Four launches whatever B and Hk are. reference.py is the specification; the codes are equal bit for bit, so the fp32
-operations stand in the same order and nothing here is a product followed by a sum (which a compiler may fuse).
-Called by `append_packed` in this folder; test: `pytest tests/kernels/test_quantize_kernels.py`.
+Two launches with the placing, three for many tokens, whatever B and Hk are. reference.py is the specification; the codes
+are equal bit for bit, so the fp32 operations stand in the same order and nothing here is a product followed by a sum
+(which a compiler may fuse).
+Called by `append_ranked` and `append_packed` in this folder; test: `pytest tests/kernels/test_quantize_kernels.py`.
 """
 
 # pyright: reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
@@ -14,18 +13,16 @@ Called by `append_packed` in this folder; test: `pytest tests/kernels/test_quant
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .layout import BLOCK, PackedArena
+from .layout import BLOCK, BitTables, PackedArena
 from .rounding import KeyRounding
+from .triton_place import place
 from .triton_rounding import packed_planes, rounded_codes
 
-_PLAN = 3  # per row and arena: slots in use, blocks in use, tokens to add
-_CHUNK = 1024  # tokens a plan program handles at a time
 LIMIT, HEADROOM = tl.constexpr(reference.LIMIT), tl.constexpr(reference.HEADROOM)
 KNOWN, UNKNOWN = tl.constexpr(reference.KNOWN), tl.constexpr(reference.UNKNOWN)
 
@@ -62,13 +59,11 @@ def _codes(x, minimum, scale, BITS: tl.constexpr):
 
 
 @triton.jit
-def _update_table(p_start, p_blocks, p_plan, used, blocks, count, num_entries, capacity, BLOCK: tl.constexpr):
-    """Append blocks for `count` tokens to one row's table; what can not fit is left out. Writes the row's plan."""
-    room = tl.minimum(capacity - used, (num_entries - 1 - blocks) * BLOCK)
-    count = tl.minimum(count, tl.maximum(room, 0))
-    tl.store(p_plan, used)
-    tl.store(p_plan + 1, blocks)
-    tl.store(p_plan + 2, count)
+def _update_table(p_start, p_blocks, p_plan, num_entries, BLOCK: tl.constexpr):
+    """Append the planned tokens' blocks to one row's table."""
+    used = tl.load(p_plan)
+    blocks = tl.load(p_plan + 1)
+    count = tl.load(p_plan + 2)
     for first in range(0, num_entries, 128):
         i_entry = first + tl.arange(0, 128)
         end = used + tl.minimum((i_entry - blocks) * BLOCK, count)
@@ -77,127 +72,105 @@ def _update_table(p_start, p_blocks, p_plan, used, blocks, count, num_entries, c
 
 
 @triton.jit
-def _plan(
-    p_salient, p_valid, p_high_source, p_low_source, p_plan,
-    p_high_start, p_high_blocks, p_low_start, p_low_blocks,
-    n, heads, high_entries, low_entries, high_capacity, low_capacity,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """source[b, h, i] = token that is the i-th new one of the arena; plan[b, arena] = (used, blocks, count)."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // heads
-    # the old state is read before anything is stored; the loop's scans stand between
-    high_blocks = tl.load(p_high_blocks + row)
-    low_blocks = tl.load(p_low_blocks + row)
-    high_used = tl.load(p_high_start + row * high_entries + high_blocks)
-    low_used = tl.load(p_low_start + row * low_entries + low_blocks)
-    num_high = high_blocks * 0
-    num_low = low_blocks * 0
-    for first in range(0, n, CHUNK):
-        i_token = first + tl.arange(0, CHUNK)
-        valid = tl.load(p_valid + row * n + i_token, mask=i_token < n, other=0) != 0
-        salient = tl.load(p_salient + program * n + i_token, mask=i_token < n, other=0) != 0
-        high = (valid & salient).to(tl.int32)
-        low = (valid & (salient == 0)).to(tl.int32)
-        place = num_high + tl.cumsum(high, 0) - 1
-        tl.store(p_high_source + program * n + place, i_token, mask=high != 0)
-        place = num_low + tl.cumsum(low, 0) - 1
-        tl.store(p_low_source + program * n + place, i_token, mask=low != 0)
-        num_high += tl.sum(high, 0)
-        num_low += tl.sum(low, 0)
-    tl.debug_barrier()
-    if program % heads == 0:
-        p_row = p_plan + row * 6
-        _update_table(
-            p_high_start + row * high_entries, p_high_blocks + row, p_row,
-            high_used, high_blocks, num_high, high_entries, high_capacity, BLOCK,
-        )  # fmt: skip
-        _update_table(
-            p_low_start + row * low_entries, p_low_blocks + row, p_row + 3,
-            low_used, low_blocks, num_low, low_entries, low_capacity, BLOCK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _channels(
-    p_value, p_source, p_plan, p_high_channel, p_low_channel,
-    n, heads, v_row, v_head, v_token,
-    HIGH_BITS: tl.constexpr, LOW_BITS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """c of one (row, head, arena), where the row has no block yet. p_source [2, rows, heads, n]: both arenas'."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // heads
-    p_token = p_value + row * v_row + (program % heads) * v_head
-    if tl.program_id(1) == 0:
-        if HIGH_BITS != 16:
-            _fill_channels(
-                p_token, p_source + program * n, p_plan + row * 6, p_high_channel + program * D, v_token, D, CHUNK
-            )
-    else:
-        if LOW_BITS != 16:
-            p_low_source = p_source + (tl.num_programs(0) + program) * n
-            _fill_channels(p_token, p_low_source, p_plan + row * 6 + 3, p_low_channel + program * D, v_token, D, CHUNK)
-
-
-@triton.jit
-def _fill_channels(p_token, p_source, p_plan, p_channel, v_token, D: tl.constexpr, CHUNK: tl.constexpr):
-    """reference.channel_scales over all new tokens of one (row, head); nothing if there are none or c is there."""
-    count = tl.load(p_plan + 2)
-    if (tl.load(p_plan + 1) == 0) & (count > 0):
-        i_channel = tl.arange(0, D)
-        peak = tl.zeros([D], dtype=tl.float32)
-        for first in range(0, count, CHUNK):
-            i_new = first + tl.arange(0, CHUNK)
-            m_new = i_new < count
-            source = tl.load(p_source + i_new, mask=m_new, other=0).to(tl.int64)
-            x = tl.load(p_token + source[:, None] * v_token + i_channel[None, :], mask=m_new[:, None], other=0.0)
-            peak = tl.maximum(peak, tl.max(tl.abs(x.to(tl.float32)), 0))
-        largest = tl.broadcast_to(tl.max(peak, 0), [D])
+def _channel(p_channel, p_peak, largest, begins, count, i_channel, SHARES: tl.constexpr, D: tl.constexpr):
+    """c of some channels: reference.channel_scales of the new tokens where the row begins, else as it is stored."""
+    if begins:
+        peak = tl.max(tl.load(p_peak + tl.arange(0, SHARES)[:, None] * D + i_channel[None, :]), 0)
         counted = tl.where(peak > 0, tl.minimum(2 * count, KNOWN), tl.minimum(2 * count, UNKNOWN))
-        peak = tl.maximum(peak, tl.div_rn(largest, counted.to(tl.float32)))
-        channel = _round_to_half(tl.sqrt_rn(largest * peak) * HEADROOM, True)
-        tl.store(p_channel + i_channel, tl.where(channel > 0, channel, 1.0).to(tl.float16))
+        wide = tl.broadcast_to(largest, peak.shape)
+        peak = tl.maximum(peak, tl.div_rn(wide, counted.to(tl.float32)))
+        channel = _round_to_half(tl.sqrt_rn(wide * peak) * HEADROOM, True)
+        channel = tl.where(channel > 0, channel, 1.0)
+    else:
+        channel = tl.load(p_channel + i_channel).to(tl.float32)
+    return channel
 
 
 @triton.jit
 def _pack(
-    p_key, p_value, p_source, p_plan,
-    p_key_codes, p_value_codes, p_value_scale, p_value_min, p_key_scale, p_key_min, p_channel, p_order, p_step,
-    n, heads, capacity, block_capacity,
+    p_key, p_value, p_source, p_plan, p_peak, p_order, p_step,
+    p_high_key, p_high_value, p_high_scale, p_high_min, p_high_key_scale, p_high_key_min, p_high_channel,
+    p_high_start, p_high_blocks,
+    p_low_key, p_low_value, p_low_scale, p_low_min, p_low_key_scale, p_low_key_min, p_low_channel,
+    p_low_start, p_low_blocks,
+    n, heads, high_capacity, high_block_capacity, low_capacity, low_block_capacity,
     k_row, k_head, k_token, v_row, v_head, v_token,
-    BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr,
+    HIGH_BITS: tl.constexpr, LOW_BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """One block of one (row, head): keys if program_id(2) is 0, values if 1. p_plan points at this arena's column."""
+    """One block of one (row, head): keys and values of the high arena, of the low one. The first of a row updates its tables."""
     program = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
     row = program // heads
     head = program % heads
-    count = tl.load(p_plan + row * 6 + 2)
+    p_keys = p_key + row * k_row + head * k_head
+    p_values = p_value + row * v_row + head * v_head
+    values = tl.program_id(2) % 2 == 1
+    o_order = program * D
+    if (head == 0) & (tl.program_id(1) == 0):
+        if tl.program_id(2) == 0:
+            high_entries = high_block_capacity + 1
+            _update_table(p_high_start + row * high_entries, p_high_blocks + row, p_plan + row * 6, high_entries, BLOCK)
+        if tl.program_id(2) == 2:
+            low_entries = low_block_capacity + 1
+            _update_table(p_low_start + row * low_entries, p_low_blocks + row, p_plan + row * 6 + 3, low_entries, BLOCK)
+    if tl.program_id(2) < 2:
+        _pack_block(
+            p_keys, p_values, p_source + program * n, p_plan + row * 6, p_peak + program * SHARES * D,
+            p_order + o_order, p_step + o_order * D,
+            p_high_key, p_high_value, p_high_scale, p_high_min, p_high_key_scale, p_high_key_min,
+            p_high_channel + program * D,
+            program * high_capacity, program * high_block_capacity, k_token, v_token, values,
+            HIGH_BITS, D, BLOCK, SHARES, ROUNDED,
+        )  # fmt: skip
+    else:
+        low = tl.num_programs(0) + program
+        _pack_block(
+            p_keys, p_values, p_source + low * n, p_plan + row * 6 + 3, p_peak + low * SHARES * D,
+            p_order + o_order, p_step + o_order * D,
+            p_low_key, p_low_value, p_low_scale, p_low_min, p_low_key_scale, p_low_key_min,
+            p_low_channel + program * D,
+            program * low_capacity, program * low_block_capacity, k_token, v_token, values,
+            LOW_BITS, D, BLOCK, SHARES, ROUNDED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pack_block(
+    p_keys, p_values, p_source, p_plan, p_peak, p_order, p_step,
+    p_key_codes, p_value_codes, p_value_scale, p_value_min, p_key_scale, p_key_min, p_channel,
+    o_slot, o_block, k_token, v_token, values,
+    BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Keys, or `values`, of block program_id(1) of the new tokens; pointers at this (row, head) and arena."""
+    block = tl.program_id(1)
+    count = tl.load(p_plan + 2)
     if block * BLOCK < count:
         i_new = block * BLOCK + tl.arange(0, BLOCK)
         m_new = i_new < count
-        source = tl.load(p_source + program * n + i_new, mask=m_new, other=0).to(tl.int64)
-        slot = program * capacity + tl.load(p_plan + row * 6) + i_new
-        o_block = (program * block_capacity + tl.load(p_plan + row * 6 + 1) + block) * D
-        if tl.program_id(2) == 0:
-            p_token = p_key + row * k_row + head * k_head + source * k_token
-            if BITS == 16:
-                _copy(p_token, p_key_codes, slot, m_new, D)
-            elif ROUNDED:
-                _pack_keys_rounded(
-                    p_token, p_key_codes, p_key_scale + o_block, p_key_min + o_block,
-                    p_order + program * D, p_step + program * D * D, slot, m_new, BITS, D,
-                )  # fmt: skip
-            else:
-                _pack_keys(p_token, p_key_codes, p_key_scale + o_block, p_key_min + o_block, slot, m_new, BITS, D)
-        else:
-            p_token = p_value + row * v_row + head * v_head + source * v_token
+        source = tl.load(p_source + i_new, mask=m_new, other=0).to(tl.int64)
+        slot = o_slot + tl.load(p_plan) + i_new
+        blocks = tl.load(p_plan + 1)
+        if values:
+            p_token = p_values + source * v_token
             if BITS == 16:
                 _copy(p_token, p_value_codes, slot, m_new, D)
             else:
                 _pack_values(
-                    p_token, p_value_codes, p_value_scale, p_value_min, p_channel + program * D, slot, m_new, BITS, D
-                )
+                    p_token, p_value_codes, p_value_scale, p_value_min, p_channel, p_peak, slot, m_new,
+                    blocks == 0, block == 0, count, BITS, D, SHARES,
+                )  # fmt: skip
+        else:
+            p_token = p_keys + source * k_token
+            o_channel = (o_block + blocks + block) * D
+            if BITS == 16:
+                _copy(p_token, p_key_codes, slot, m_new, D)
+            elif ROUNDED:
+                _pack_keys_rounded(
+                    p_token, p_key_codes, p_key_scale + o_channel, p_key_min + o_channel, p_order, p_step,
+                    slot, m_new, BITS, D,
+                )  # fmt: skip
+            else:
+                _pack_keys(p_token, p_key_codes, p_key_scale + o_channel, p_key_min + o_channel, slot, m_new, BITS, D)
 
 
 @triton.jit
@@ -244,21 +217,33 @@ def _pack_keys_rounded(
 
 
 @triton.jit
-def _normalised(p_token, p_channel, i_channel, m_new, BITS: tl.constexpr):
+def _normalised(p_token, channel, i_channel, m_new, BITS: tl.constexpr):
     """value / c of some channels, saturated where its scale would leave what cached_attention can hold."""
     BOUND: tl.constexpr = LIMIT * ((1 << BITS) - 1)
     x = tl.load(p_token[:, None] + i_channel[None, :], mask=m_new[:, None], other=0.0).to(tl.float32)
-    channel = tl.load(p_channel + i_channel).to(tl.float32)
     y = tl.div_rn(x, tl.broadcast_to(channel[None, :], x.shape))
     return tl.minimum(tl.maximum(y, -BOUND), BOUND)
 
 
 @triton.jit
-def _pack_values(p_token, p_codes, p_scale, p_min, p_channel, slot, m_new, BITS: tl.constexpr, D: tl.constexpr):
-    """Two passes over the block: the token's range over all channels, then codes plane by plane (from cache)."""
+def _pack_values(
+    p_token, p_codes, p_scale, p_min, p_channel, p_peak, slot, m_new, begins, keeps, count,
+    BITS: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """Two passes over the block: the token's range over all channels, then codes plane by plane (from cache).
+
+    Where the row `begins`, c comes from the peaks, in every program by itself; the one that `keeps` it stores it.
+    """
     PLANES: tl.constexpr = 8 // BITS
     WIDTH: tl.constexpr = D // PLANES
-    y = _normalised(p_token, p_channel, tl.arange(0, D), m_new, BITS)
+    i_all = tl.arange(0, D)
+    largest = 0.0
+    if begins:
+        largest = tl.max(tl.max(tl.load(p_peak + tl.arange(0, SHARES)[:, None] * D + i_all[None, :]), 0), 0)
+    channel = _channel(p_channel, p_peak, largest, begins, count, i_all, SHARES, D)
+    if begins & keeps:
+        tl.store(p_channel + i_all, channel.to(tl.float16))
+    y = _normalised(p_token, channel, i_all, m_new, BITS)
     minimum = _round_to_half(tl.min(y, 1), False)
     scale = _scale(tl.max(y, 1), minimum, BITS)
     tl.store(p_scale + slot, scale.to(tl.float16), mask=m_new)
@@ -266,49 +251,51 @@ def _pack_values(p_token, p_codes, p_scale, p_min, p_channel, slot, m_new, BITS:
     i_channel = tl.arange(0, WIDTH)
     packed = tl.zeros((m_new.shape[0], WIDTH), dtype=tl.int32)
     for plane in tl.static_range(PLANES):
-        y = _normalised(p_token, p_channel, plane * WIDTH + i_channel, m_new, BITS)
+        i_plane = plane * WIDTH + i_channel
+        channel = _channel(p_channel, p_peak, largest, begins, count, i_plane, SHARES, D)
+        y = _normalised(p_token, channel, i_plane, m_new, BITS)
         packed |= _codes(y, minimum[:, None], scale[:, None], BITS) << (plane * BITS)
     tl.store(p_codes + slot[:, None] * WIDTH + i_channel[None, :], packed.to(tl.uint8), mask=m_new[:, None])
 
 
-def append_packed(
+def append_ranked(
     high: PackedArena,
     low: PackedArena,
     key: Tensor,
     value: Tensor,
-    salient: Tensor,
-    valid: Tensor,
+    stored: Tensor,
+    ratio: float,
+    *,
+    scores: Tensor | None = None,
+    salient: Tensor | None = None,
+    tables: BitTables | None = None,
+    valid: Tensor | None = None,
     rounding: KeyRounding | None = None,
 ) -> None:
-    """See `quietgoose.kernels.quantize.append_packed`; arguments are checked there."""
+    """See `quietgoose.kernels.quantize.append_ranked`; arguments are checked there. No tables: nothing is noted."""
     batch, heads, n, width = key.shape
     if n == 0 or batch * heads == 0:
         return
     key, value = _unit_stride(key), _unit_stride(value)
-    source = torch.empty(2, batch, heads, n, dtype=torch.int32, device=key.device)
-    plan = torch.empty(batch, 2, _PLAN, dtype=torch.int32, device=key.device)
-    _plan[(batch * heads,)](
-        salient.contiguous().view(torch.uint8), valid.contiguous().view(torch.uint8), source[0], source[1], plan,
-        high.block_start, high.num_blocks, low.block_start, low.num_blocks,
-        n, heads, high.block_start.shape[1], low.block_start.shape[1], high.capacity, low.capacity,
-        BLOCK=BLOCK, CHUNK=min(_CHUNK, max(16, triton.next_power_of_2(n))), num_warps=4,
+    placed = place(high, low, value, stored, ratio, scores, salient, tables, stored if valid is None else valid)
+    _pack[(batch * heads, -(-n // BLOCK), 4)](
+        key, value, placed.source, placed.plan, placed.peak,
+        placed.plan if rounding is None else rounding.order_BKD.contiguous(),
+        placed.peak if rounding is None else rounding.step_BKDD.contiguous(),
+        *_of(high), *_of(low),
+        n, heads, high.capacity, high.block_capacity, low.capacity, low.block_capacity,
+        *key.stride()[:3], *value.stride()[:3],
+        HIGH_BITS=high.bits, LOW_BITS=low.bits, D=width, BLOCK=BLOCK, SHARES=placed.peak.shape[3],
+        ROUNDED=rounding is not None, num_warps=8,
     )  # fmt: skip
-    _channels[(batch * heads, 2)](
-        value, source, plan, high.value_channel, low.value_channel,
-        n, heads, *value.stride()[:3],
-        HIGH_BITS=high.bits, LOW_BITS=low.bits, D=width, CHUNK=min(64, max(16, triton.next_power_of_2(n))), num_warps=8,
+
+
+def _of(arena: PackedArena) -> tuple[Tensor, ...]:
+    """What `_pack` writes, in its order."""
+    return (
+        arena.key_codes, arena.value_codes, arena.value_scale, arena.value_min, arena.key_scale, arena.key_min,
+        arena.value_channel, arena.block_start, arena.num_blocks,
     )  # fmt: skip
-    for i, arena in enumerate((high, low)):
-        _pack[(batch * heads, triton.cdiv(n, BLOCK), 2)](
-            key, value, source[i], plan[:, i],
-            arena.key_codes, arena.value_codes, arena.value_scale, arena.value_min,
-            arena.key_scale, arena.key_min, arena.value_channel,
-            plan if rounding is None else rounding.order_BKD.contiguous(),
-            arena.value_scale if rounding is None else rounding.step_BKDD.contiguous(),
-            n, heads, arena.capacity, arena.block_capacity,
-            *key.stride()[:3], *value.stride()[:3],
-            BITS=arena.bits, D=width, BLOCK=BLOCK, ROUNDED=rounding is not None, num_warps=8,
-        )  # fmt: skip
 
 
 def _unit_stride(x: Tensor) -> Tensor:

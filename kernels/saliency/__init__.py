@@ -34,6 +34,7 @@ def probe_saliency(
     seed: int = 0,
     sequence_id: Tensor | None = None,
     lse: Tensor | None = None,
+    first: Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Score of every token, fp32 [B, Hk, n], -inf where not valid (fp64 if the inputs are).
@@ -45,6 +46,7 @@ def probe_saliency(
     scaling  of the scores, 1/sqrt(D) as a rule
     lse      fp32 [B, H, P], natural log-sum-exp of the probe rows where it is known (with history: over all of it);
              None computes it over the keys given
+    first    int64 [B], the first valid token of each row (0 where there is none) where it is known
     seed, sequence_id  for RANDOM only
 
     The softmax is exact and causal by token index over valid keys. No synchronisation; two launches.
@@ -58,7 +60,7 @@ def probe_saliency(
         return scores if key.dtype == torch.float64 else scores.float()
     from .triton_kernels import probe_saliency as with_triton
 
-    return with_triton(query, key, probes, valid, scaling=scaling, mode=mode, lse=lse)
+    return with_triton(query, key, probes, valid, scaling=scaling, mode=mode, lse=lse, first=first)
 
 
 def select_salient(
@@ -79,7 +81,7 @@ def select_salient(
         raise ValueError(f"ratio = {ratio}: it must lie in 0 .. 1")
     if not takes_triton(implementation, saliency):
         return reference.select_salient(saliency, valid, ratio, forced)
-    from .triton_kernels import select_salient as with_triton
+    from .triton_select import select_salient as with_triton
 
     return with_triton(saliency, valid, ratio, forced)
 

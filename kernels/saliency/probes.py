@@ -10,6 +10,7 @@ draws with replacement and without a seed).
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +31,10 @@ class SaliencyMode(StrEnum):
     RANDOM = "random"
 
 
-def share(ratio: float, count: Tensor) -> Tensor:
+Count = TypeVar("Count", int, Tensor)
+
+
+def share(ratio: float, count: Count) -> Count:
     """ceil(ratio * count) in integers, ratio rounded to a millionth: 0.7 of 10 is 7, on every device."""
     millionths = round(ratio * _PARTS_PER_MILLION)
     return (count * millionths + (_PARTS_PER_MILLION - 1)) // _PARTS_PER_MILLION
@@ -38,12 +42,21 @@ def share(ratio: float, count: Tensor) -> Tensor:
 
 def num_probes(n: int, *, recent_fraction: float = 0.05, random_fraction: float = 0.05, cap: int = 512) -> int:
     """P, the width of `choose_probes`' result for n tokens: a function of n only."""
-    recent, random = _shares(torch.tensor(n), recent_fraction, random_fraction, cap)
-    return int(recent + random)
+    cap_recent, cap_random = _caps(recent_fraction, random_fraction, cap)
+    recent = min(share(recent_fraction, n), cap_recent)
+    return recent + min(share(random_fraction, n), cap_random, n - recent)
 
 
 def _shares(count: Tensor, recent_fraction: float, random_fraction: float, cap: int) -> tuple[Tensor, Tensor]:
     """Recent and random probes of rows with `count` valid tokens; their sum never falls as count grows."""
+    cap_recent, cap_random = _caps(recent_fraction, random_fraction, cap)
+    recent = share(recent_fraction, count).clamp(max=cap_recent)
+    random = torch.minimum(share(random_fraction, count).clamp(max=cap_random), count - recent)
+    return recent, random
+
+
+def _caps(recent_fraction: float, random_fraction: float, cap: int) -> tuple[int, int]:
+    """The most recent and random probes."""
     total = recent_fraction + random_fraction
     if not (recent_fraction >= 0 and random_fraction >= 0 and 0 < total <= 1) or cap < 1:
         raise ValueError(
@@ -51,9 +64,7 @@ def _shares(count: Tensor, recent_fraction: float, random_fraction: float, cap: 
             "at least 0 with a sum above 0 and at most 1, the cap at least 1"
         )
     cap_recent = -int(-cap * recent_fraction // total)
-    recent = share(recent_fraction, count).clamp(max=cap_recent)
-    random = torch.minimum(share(random_fraction, count).clamp(max=cap - cap_recent), count - recent)
-    return recent, random
+    return cap_recent, cap - cap_recent
 
 
 def hash_positions(rank: Tensor, sequence_id: Tensor, seed: int) -> Tensor:

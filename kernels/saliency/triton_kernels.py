@@ -1,8 +1,7 @@
-"""Triton: probe attention summed over columns without ever storing a score, and the choice of the salient tokens.
+"""Triton: probe attention summed over columns without ever storing a score.
 
     _probe_lse      pass 1, one program per (row, KV head, tile of probe rows): log-sum-exp of each row over its keys
     _column_sums    pass 2, one program per (row, KV head, tile of tokens): sum over rows of exp(score - lse), divided
-    _select         one program per (row, KV head): the k-th largest score by search over its bits, then a scan
 
 Probe rows of a group are one matrix, probe-major (row r is probe r // G of group member r % G), so that a tile holds
 neighbouring positions and both passes skip what lies beyond the causal edge. Nothing is added atomically. Tiles of
@@ -177,6 +176,7 @@ def probe_saliency(
     scaling: float,
     mode: SaliencyMode,
     lse: Tensor | None,
+    first: Tensor | None,
 ) -> Tensor:
     """See `quietgoose.kernels.saliency.probe_saliency`; arguments are checked there."""
     batch, heads, num, width = query.shape
@@ -187,7 +187,7 @@ def probe_saliency(
     query = query if query.stride(3) == 1 else query.contiguous()
     key = key if key.stride(3) == 1 else key.contiguous()
     probes, mask = probes.contiguous(), valid.contiguous().view(torch.uint8)
-    first = mask.argmax(1)
+    first = mask.argmax(1) if first is None else first
     group = heads // kv_heads
     weighted = mode is SaliencyMode.ROW_LENGTH
     length = valid.cumsum(1) if weighted or mode is SaliencyMode.AUTHORS_CODE else first  # int64 [B, n] where needed
@@ -199,7 +199,7 @@ def probe_saliency(
     if lse is None:
         lse2 = torch.empty(batch, kv_heads, num * group, dtype=torch.float32, device=key.device)
         if num:
-            num_tiles = triton.cdiv(num * group, rows.rows)
+            num_tiles = -(-num * group // rows.rows)
             _probe_lse[(num_tiles * batch * kv_heads,)](
                 *common, length, lse2, *shape, num_tiles, *strides, GROUP=group, D=width, ROWS=rows.rows, COLUMNS=rows.columns,
                 WEIGHTED=weighted, UPCAST=upcast, num_warps=rows.warps, num_stages=rows.stages,
@@ -211,7 +211,7 @@ def probe_saliency(
         divide = _BY_NOTHING
     elif mode is SaliencyMode.AUTHORS_CODE:
         divisor, divide = (length[:, -1:] - length + 1).float(), _BY_GIVEN
-    num_tiles = triton.cdiv(n, columns.columns)
+    num_tiles = -(-n // columns.columns)
     _column_sums[(num_tiles * batch * kv_heads,)](
         *common, divisor, lse2, out, *shape, num_tiles, *strides, GROUP=group, D=width, ROWS=columns.rows, COLUMNS=columns.columns,
         DIVIDE=divide, UPCAST=upcast, num_warps=columns.warps, num_stages=columns.stages,
@@ -226,86 +226,3 @@ def _given_lse(lse: Tensor, probes: Tensor, length: Tensor | None, kv_heads: int
     if length is not None:
         lse2 = lse2 - length.gather(1, probes.clamp(min=0)).float().log2().unsqueeze(1)
     return lse2.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2).contiguous()
-
-
-@triton.jit
-def _order_keys(p_saliency, p_valid, p_forced, i_token, n, FORCED: tl.constexpr):
-    """int64 keys in the order of reference.order_keys; what lies past n is below everything."""
-    m_token = i_token < n
-    x = tl.load(p_saliency + i_token, mask=m_token, other=0.0).to(tl.float32)
-    x = tl.where(x == 0.0, 0.0, x)  # -0 and 0 are one score
-    bits = x.to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    keys = tl.where(x == x, keys, -2147483647)
-    if FORCED:
-        forced = tl.load(p_forced + i_token, mask=m_token, other=0) != 0
-        keys = tl.where(forced, 2147483647, keys)
-    valid = tl.load(p_valid + i_token, mask=m_token, other=0) != 0
-    return tl.where(m_token, tl.where(valid, keys, -2147483648), -2147483649), valid
-
-
-@triton.jit
-def _select(
-    p_saliency, p_valid, p_forced, p_out, millionths, n, heads, FORCED: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """out = 1 for the ceil(ratio * valid) largest keys, ties to the lower position. The first chunk stays in registers."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // heads
-    p_saliency += program * n
-    p_valid += row * n
-    p_forced += row * n
-    p_out += program * n
-    i_chunk = tl.arange(0, CHUNK)
-    keys, valid = _order_keys(p_saliency, p_valid, p_forced, i_chunk, n, FORCED)
-    wanted = tl.sum(valid.to(tl.int32), 0).to(tl.int64)
-    for first in range(CHUNK, n, CHUNK):
-        _k, more_valid = _order_keys(p_saliency, p_valid, p_forced, first + i_chunk, n, FORCED)
-        wanted += tl.sum(more_valid.to(tl.int32), 0)
-    wanted = (wanted * millionths + 999999) // 1000000
-    # the largest threshold that at least `wanted` keys reach, two bits a turn
-    threshold = program * 0 - 2147483648
-    step = program * 0 + 1073741824
-    for _turn in range(16):
-        reach1 = tl.sum((keys >= threshold + step).to(tl.int32), 0)
-        reach2 = tl.sum((keys >= threshold + step * 2).to(tl.int32), 0)
-        reach3 = tl.sum((keys >= threshold + step * 3).to(tl.int32), 0)
-        for first in range(CHUNK, n, CHUNK):
-            more, _v = _order_keys(p_saliency, p_valid, p_forced, first + i_chunk, n, FORCED)
-            reach1 += tl.sum((more >= threshold + step).to(tl.int32), 0)
-            reach2 += tl.sum((more >= threshold + step * 2).to(tl.int32), 0)
-            reach3 += tl.sum((more >= threshold + step * 3).to(tl.int32), 0)
-        digit = (reach1 >= wanted).to(tl.int64) + (reach2 >= wanted).to(tl.int64) + (reach3 >= wanted).to(tl.int64)
-        threshold += digit * step
-        step = step // 4
-    left = wanted - tl.sum((keys > threshold).to(tl.int32), 0)
-    for first in range(CHUNK, n, CHUNK):
-        more, _v = _order_keys(p_saliency, p_valid, p_forced, first + i_chunk, n, FORCED)
-        left -= tl.sum((more > threshold).to(tl.int32), 0)
-    left = _take(p_out, keys, i_chunk, threshold, left, n)
-    for first in range(CHUNK, n, CHUNK):
-        more, _v = _order_keys(p_saliency, p_valid, p_forced, first + i_chunk, n, FORCED)
-        left = _take(p_out, more, first + i_chunk, threshold, left, n)
-
-
-@triton.jit
-def _take(p_out, keys, i_token, threshold, left, n):
-    """Store what lies above the threshold and the first `left` keys at it; returns how many of those are left."""
-    tied = (keys == threshold).to(tl.int32)
-    taken = (keys > threshold) | ((tied != 0) & (tl.cumsum(tied, 0) <= left))
-    tl.store(p_out + i_token, taken.to(tl.uint8), mask=i_token < n)
-    return left - tl.sum(tied, 0)
-
-
-def select_salient(saliency: Tensor, valid: Tensor, ratio: float, forced: Tensor | None) -> Tensor:
-    """See `quietgoose.kernels.saliency.select_salient`; arguments are checked there."""
-    batch, heads, n = saliency.shape
-    out = torch.empty(batch, heads, n, dtype=torch.uint8, device=saliency.device)
-    if out.numel():
-        mask = valid.contiguous().view(torch.uint8)
-        chunk = min(4096, max(16, triton.next_power_of_2(n)))
-        _select[(batch * heads,)](
-            saliency.contiguous(), mask, mask if forced is None else forced.contiguous().view(torch.uint8), out,
-            round(ratio * 1_000_000), n, heads, FORCED=forced is not None, CHUNK=chunk,
-            num_warps=4 if chunk <= 512 else 8,
-        )  # fmt: skip
-    return out.view(torch.bool)

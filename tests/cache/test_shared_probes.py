@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quietgoose.cache import scoring
+from quietgoose.cache import columns
+from quietgoose.cache.columns import SharedTables
 from quietgoose.cache.hf import ZipCache
-from quietgoose.cache.scoring import SharedProbes
 
 from .hf_models import MIXED, codes, draw, left_padded, llama
 
@@ -25,20 +25,20 @@ def model():
 def chosen(monkeypatch) -> list[tuple[int, ...]]:
     """The shape of every choice of probes."""
     found: list[tuple[int, ...]] = []
-    choose = scoring.choose_probes
+    choose = columns.choose_probes
 
     def noted(valid: torch.Tensor, **options) -> torch.Tensor:
         found.append(tuple(valid.shape))
         return choose(valid, **options)
 
-    monkeypatch.setattr(scoring, "choose_probes", noted)
+    monkeypatch.setattr(columns, "choose_probes", noted)
     return found
 
 
 def apart(cache: ZipCache) -> ZipCache:
     """The same cache without anything handed down."""
     for layer in cache.zip_layers:
-        layer.probes = None
+        layer.tables = None
     return cache
 
 
@@ -79,12 +79,12 @@ def test_the_next_forward_chooses_anew(model, chosen) -> None:
         chosen.clear()
         assert all(torch.equal(a, b) for a, b in zip(feed(model, again, ids, mask), want, strict=True))
         assert len(chosen) == 2
-    probes = [one.zip_layers[0].probes for one in (cache, twin, again)]
+    probes = [one.zip_layers[0].tables for one in (cache, twin, again)]
     assert len({id(one) for one in probes}) == 3, "copies and forks have their own"
 
 
 def test_a_layer_that_differs_gets_its_own() -> None:
-    shared, made = SharedProbes(), iter(range(10))
+    shared, made = SharedTables(), iter(range(10))
 
     def of(layer: int, what: str) -> int:
         return int(shared.of(layer, what, lambda: torch.tensor(next(made))))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -133,30 +129,6 @@ def test_slots_not_in_use_keep_their_bytes() -> None:
         assert all(bool(x.isfinite().all()) for x in dequantize(arena))
 
 
-def test_the_number_of_launches_does_not_depend_on_rows_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quietgoose.kernels.quantize import triton_kernels
-
-    grids: list[tuple[int, ...]] = []
-
-    class Counted:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return self.kernel[grid]
-
-    for name in ("_plan", "_channels", "_pack"):
-        monkeypatch.setattr(triton_kernels, name, Counted(getattr(triton_kernels, name)))
-    for batch, heads in ((1, 1), (3, 2)):
-        grids.clear()
-        append_packed(
-            *arenas(batch, heads, 32, (4, 2), torch.float32), *problem(batch, heads, 20, 32, torch.float32),
-            implementation="triton",
-        )  # fmt: skip
-        assert len(grids) == 4
-
-
 def test_unsupported_shapes_are_refused_or_take_the_twin() -> None:
     inputs = problem(1, 1, 20, 48, torch.float32)
     with pytest.raises(UnsupportedShape, match="head_dim = 48"):
@@ -164,32 +136,3 @@ def test_unsupported_shapes_are_refused_or_take_the_twin() -> None:
     high, low = arenas(1, 1, 48, (4, 2), torch.float32)
     append_packed(high, low, *inputs)
     assert int(high.lengths() + low.lengths()) == 20
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from quietgoose.kernels.quantize.triton_kernels import _channels, _pack
-const = dict(BITS=2, HIGH_BITS=4, LOW_BITS=2, D=64, BLOCK=128, CHUNK=64, ROUNDED=False)
-half = ("p_value_scale", "p_value_min", "p_key_scale", "p_key_min", "p_channel", "p_high_channel", "p_low_channel")
-def kind(name):
-    if name in const: return "constexpr"
-    if name in ("p_key", "p_value"): return "*bf16"
-    if name.endswith("_codes"): return "*u8"
-    if name in half: return "*fp16"
-    return "*i32" if name.startswith("p_") else "i32"
-for kernel in (_channels, _pack):
-    values = {(kernel.arg_names.index(n),): v for n, v in const.items() if n in kernel.arg_names}
-    source = ASTSource(kernel, {n: kind(n) for n in kernel.arg_names}, values)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
-    print("fused", ptx.count("fma."), "divisions", ptx.count("div.rn.f32") > 0, "roots", "sqrt.rn.f32" in ptx)
-"""
-
-
-def test_compiled_for_a_gpu_no_product_and_sum_are_fused() -> None:
-    """Codes are equal bit for bit only while every operation rounds by itself (no device is needed to compile)."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [f"fused 0 divisions True roots {root}" for root in (True, False)]

@@ -1,4 +1,7 @@
-"""Tables of one bit per column: bool tensors packed eight to a byte, lowest bit first. Caller: cache/store.py."""
+"""Tables of one bit per column: bool tensors packed eight to a byte, lowest bit first.
+
+Callers: `append_ranked` in this folder, cache/store.py.
+"""
 
 from __future__ import annotations
 
