@@ -59,7 +59,7 @@ def spelt_settings(words: Sequence[str]) -> list[str]:
 def _setting(name: str) -> str:
     """The dotted name with _ for - in every part that is a setting then."""
     from quietgoose.train.recipe import Recipe
-    from quietgoose.train.settings import OWN_OPTIONS, _dataclass_in
+    from quietgoose.train.settings import OWN_OPTIONS, dataclass_in
 
     kind: Any = Recipe
     chosen_by_user = False
@@ -72,5 +72,5 @@ def _setting(name: str) -> str:
         if chosen_by_user:
             chosen_by_user = False  # the part after a name is a setting again
         else:
-            kind, chosen_by_user = _dataclass_in(fields.get(spelt))
+            kind, chosen_by_user = dataclass_in(fields.get(spelt))
     return ".".join(parts)

@@ -189,7 +189,7 @@ def preset(name: str, **changes: Any) -> ThoughtConfig:
 
     Why `default` starts at w0 = 0.1 (the pilot of docs/log.md, 2026-11-26, whose script was not kept;
     benchmarks/thoughts_pilot.py does it again from its description, `python benchmarks/thoughts_pilot.py --seeds 0 1 2`, about
-    a quarter of an hour on one core, and its numbers are the ones to trust. Steps until 99 % are right, three seeds, -: not in
+    a quarter of an hour on one core; it has reproduced the near START only). Steps until 99 % are right, three seeds, -: not in
     300). With START far from the data, where a thought has to be found first: w0 = 0 100 / - / -, 0.1 100 / - / 250, 0.3
     250 / - / -, 0.5 300 / - / -; bounded head 100 / - / - at 0.1, - / - / - at 0.3 and 0.5: a large weight on bad thoughts
     teaches the head to close. With START near the token before worked steps (two seeds) all reach it: in 50 steps at

@@ -256,7 +256,7 @@ def _unknown_keys(content: Any, kind: Any, prefix: str, leaf_is_option: bool = F
             known = ", ".join(hints)
             problems.append(f"unknown setting '{prefix}{key}'.{suggest(str(key), list(hints)) or f' Allowed: {known}'}")
             continue
-        inner, many = _dataclass_in(hints[key])
+        inner, many = dataclass_in(hints[key])
         if inner is None:
             if leaf_is_option and isinstance(value, Mapping) and typing.get_origin(hints[key]) is not dict:
                 problems.append(f"setting '{prefix}{key}' has no parts")
@@ -268,12 +268,12 @@ def _unknown_keys(content: Any, kind: Any, prefix: str, leaf_is_option: bool = F
     return problems
 
 
-def _dataclass_in(hint: Any) -> tuple[type | None, bool]:
+def dataclass_in(hint: Any) -> tuple[type | None, bool]:
     """(the dataclass a setting holds or None, whether it holds many by name)."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint, False
     for part in typing.get_args(hint):
-        inner, _ = _dataclass_in(part)
+        inner, _ = dataclass_in(part)
         if inner is not None:
             return inner, typing.get_origin(hint) is dict
     return None, False
@@ -301,7 +301,7 @@ def _leaves(content: Any, kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) down to what is no dataclass."""
     hints = typing.get_type_hints(kind)
     for key, value in content.items():
-        inner, many = _dataclass_in(hints[key])
+        inner, many = dataclass_in(hints[key])
         if inner is None or many or not isinstance(value, Mapping):
             yield f"{prefix}{key}", value
         else:
@@ -331,7 +331,7 @@ def _hint_of(parts: Sequence[str], kind: Any) -> Any:
     """The type of the setting that dotted `parts` name within `kind`; None if they lead nowhere."""
     if not parts:
         return kind
-    inner, many = _dataclass_in(kind)
+    inner, many = dataclass_in(kind)
     if inner is not None and not many:
         return _hint_of(parts[1:], typing.get_type_hints(inner).get(parts[0]))
     return _hint_of(parts[1:], typing.get_args(kind)[1]) if typing.get_origin(kind) is dict else None

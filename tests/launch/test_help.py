@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from quietgoose.launch import doctor, evaluate, generate, sample, train
 from quietgoose.train.recipe import Recipe
-from quietgoose.train.settings import _dataclass_in
+from quietgoose.train.settings import dataclass_in
 from quietgoose.train.settings_help import MEANING
 
 COMMANDS = {one.__name__.rpartition(".")[2]: one.main for one in (train, evaluate, generate, sample, doctor)}
@@ -48,7 +48,7 @@ def test_every_setting_of_a_recipe_has_a_sentence_and_no_sentence_lacks_its_sett
     def walk(kind: type) -> None:
         known[kind.__name__] = {field.name for field in dataclasses.fields(kind)}
         for hint in typing.get_type_hints(kind).values():
-            inner, _ = _dataclass_in(hint)
+            inner, _ = dataclass_in(hint)
             if inner is not None and inner.__name__ not in known:
                 walk(inner)
 
