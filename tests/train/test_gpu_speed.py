@@ -30,6 +30,11 @@ pytestmark = [
 NAMES = ("ant", "bee", "cat")
 ROWS, LENGTH, VOCABULARY = 6, 256, 512
 STEPS = 8
+SYNCHRONIZE = torch.cuda.synchronize
+
+
+def waits(*args: object) -> None:
+    raise AssertionError("torch.cuda.synchronize within a step")
 
 
 def make_model(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
@@ -53,8 +58,10 @@ class Data:
 
     def step(self, step: int) -> StepBatch:
         if step in (self.silent.start, self.silent.stop):
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error" if step == self.silent.start and len(self.silent) else "default")
+            SYNCHRONIZE()
+            begin = step == self.silent.start and len(self.silent) > 0
+            torch.cuda.set_sync_debug_mode("error" if begin else "default")
+            torch.cuda.synchronize = waits if begin else SYNCHRONIZE  # the debug mode lets an outright wait pass
         g = torch.Generator().manual_seed(step)
         tokens = torch.randint(3, VOCABULARY, (2, ROWS, LENGTH), generator=g)
         labels = torch.randint(3, VOCABULARY, tokens.shape, generator=g)
@@ -77,6 +84,7 @@ class Data:
 
     def close(self) -> None:
         torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize = SYNCHRONIZE
 
 
 class Again(Data):
