@@ -174,6 +174,7 @@ class LayerState:
         full = self.window.columns >= self.policy.recent_tokens + self.policy.flush_every
         if full:
             self.flush()
+        self.window.blank = False  # a step that dies between here and `advance` may have counted a column on the device
         return full
 
     @stateful

@@ -199,7 +199,7 @@ class TailWindow:
     def _replace(self, change: Callable[[Tensor], Tensor], *, in_place: bool, shared: bool = False) -> None:
         def new(tensor: Tensor, per_row: bool = True) -> Tensor:
             if not per_row and not shared:
-                return tensor
+                return tensor if in_place else tensor.clone()  # not a view that keeps the old storage alive
             return tensor.copy_(change(tensor)) if in_place else change(tensor)
 
         tail, buffers = self.tail, self.buffers

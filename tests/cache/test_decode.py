@@ -254,6 +254,24 @@ def test_packed_decode_equals_eager_packed_decode(settings: dict[str, Any]) -> N
                 assert torch.equal(ours.state.tensors()[name], tensor), name
 
 
+def test_a_step_that_dies_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted between counting a column on the device and writing it: the next text starts from none."""
+    from quietgoose.cache import decode_zip
+
+    model, ids = tiny(), prompt(2, 11)
+    settings = {**LOSSLESS, "recent_tokens": 0, "sink_tokens": 0}
+    decode = compile_decode(model, zip_cache(model, settings), fuse=False)
+    expected = reference(model, ids, None, 20)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decode_zip.ZipDecodable, "attend", interrupted)
+        decode.generate(ids, max_new_tokens=5, eos_token_id=None)
+    assert torch.equal(decode.generate(ids, max_new_tokens=20, eos_token_id=None), expected)
+
+
 def test_zip_continues_after_generation_and_beside_generate() -> None:
     """Kept cache, second turn; then transformers' own generate goes on from the very same cache."""
     model = tiny()
