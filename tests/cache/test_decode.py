@@ -266,9 +266,10 @@ def test_a_step_that_dies_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch)
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(decode_zip.ZipDecodable, "attend", interrupted)
-        decode.generate(ids, max_new_tokens=5, eos_token_id=None)
+        with pytest.raises(KeyboardInterrupt):
+            decode.generate(ids, max_new_tokens=5, eos_token_id=None)
     assert torch.equal(decode.generate(ids, max_new_tokens=20, eos_token_id=None), expected)
 
 
