@@ -33,6 +33,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_small_shape_end_to_end(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     peers = ["dynamic", "static_captured", "zip_eager", "zip_captured:lossless", "nonsense", "hqq4"]
     found = script(

@@ -180,6 +180,7 @@ def start(arguments: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_runs_apart_are_found_by_the_comparison(tmp_path: Path) -> None:
     """One run in a process of its own; the comparison finds it, runs the others, and is itself found finished."""

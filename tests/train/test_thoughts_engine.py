@@ -90,6 +90,7 @@ def test_one_curve_for_every_stage_and_world_size(ranks, tools, sharded, world: 
             close(done.results[f"{kind}-{number}"], losses, trained, f"{kind} {strategy}")
 
 
+@pytest.mark.slow
 def test_what_may_be_trained_and_the_controls(ranks, tools, sharded) -> None:
     kinds = {
         "embeddings": {"trainable": "embeddings", "over": "routed"},

@@ -75,6 +75,7 @@ def test_a_run_without_experts(tmp_path: Path, trainable: str) -> None:
     assert loaded.generate(tokens, max_new_tokens=2, do_sample=False, thoughts=True).shape == (1, 7)
 
 
+@pytest.mark.slow
 def test_a_control_is_a_run_like_any_other(tmp_path: Path) -> None:
     done = run(tmp_path / "run", "--thoughts.control", "no_thoughts", "--evaluate.thoughts.generated", "{}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
