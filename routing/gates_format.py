@@ -28,10 +28,9 @@ def save_gates(library: ExpertLibrary, path: Path) -> None:
     for expert in library:
         if expert.gates is None:
             raise ArtifactError(f"expert {expert.name} has no gates to save; train them first", code="EXP-003")
-        for site, vector in expert.gates.items():
-            tensors[f"{expert.name}/{site}"] = vector.detach().float().cpu().contiguous()
-        for site, vector in (expert.means or {}).items():
-            tensors[f"{expert.name}/{site}{MEAN}"] = vector.detach().float().cpu().contiguous()
+        for kind, vectors in (("", expert.gates), (MEAN, expert.means or {})):
+            for site, vector in vectors.items():
+                tensors[f"{expert.name}/{site}{kind}"] = vector.detach().float().cpu().contiguous()
     write_atomic(path, save(tensors, metadata={"format": "pt"}))
 
 

@@ -184,9 +184,8 @@ class RoutedBank(nn.Module):
         if self.kind is None:
             weights = self.context.one_hot_TN(x_TI.shape[0], self.num_experts, x.dtype)
         else:
-            weights = self.route(x_TI[:1]).weights_TK.to(
-                x.dtype
-            )  # uniform: all experts in order, one row for all tokens
+            # uniform: all experts in order, one row for all tokens
+            weights = self.route(x_TI[:1]).weights_TK.to(x.dtype)
         if self.owner_R is not None:
             weights = slot_weights(weights, self.owner_R)
         return add_routed_lora(y_TO, x_TI, self.a_RI, self.b_OR, weights).view_as(y)

@@ -329,10 +329,7 @@ class TrainableGates(_TrainableRows):
     def library(self, trained: Mapping[str, Tensor], means: SiteVectors | None = None) -> ExpertLibrary:
         """The library with its trained gates and, if given, mean activations; ArtifactError (EXP-003) if a gate never moved
         from zero."""
-        of_experts = {
-            expert.name: {
-                site: vectors[expert.name] for site, vectors in (means or {}).items() if expert.name in vectors
-            }
-            for expert in self.library_before
-        }
-        return self.library_before.with_gates(self.gates(trained), of_experts if means is not None else None)
+        of_experts = None
+        if means is not None:
+            of_experts = {e.name: {site: means[site][e.name] for site in e.sites} for e in self.library_before}
+        return self.library_before.with_gates(self.gates(trained), of_experts)

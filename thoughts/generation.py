@@ -32,7 +32,6 @@ from .gate import Gate, ThinkAt
 from .parameters import ThoughtParameters, ThoughtTensors
 from .thinking import Pending, StepThoughts, Thinker
 
-ROWS = ("inputs", "input_ids", "attention_mask", "position_ids")
 TEXT_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
 
@@ -182,14 +181,7 @@ def _generate(self: Any, *inputs: Any, thoughts: Any = None, **options: Any) -> 
     restore(self)  # a training pass or scoring may have left its attention there, which a ZipCache does not know
     # transformers hands a decoding method neither the streamer nor what it was not asked for by name
     decode = partial(_decode, state=state, settings=settings, streamer=options.get("streamer"))
-    # its own loop moves what a forward reads before each forward; here the rows stay where the model is
-    here = [_moved(value, self.device) for value in inputs]
-    options |= {name: _moved(options[name], self.device) for name in ROWS if name in options}
-    return plain(self, *here, custom_generate=decode, **options)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    return plain(self, *inputs, custom_generate=decode, **options)
 
 
 def _there(value: Any, device: torch.device) -> Any:

@@ -78,7 +78,8 @@ def shuffled(thoughts: Thoughts, slot_BA: Tensor | None = None, group_BA: Tensor
     source_N = torch.empty_like(order_N).scatter_(0, order_N, order_N[donor_N])
     source_N = torch.where(able_N, source_N, torch.arange(len(source_N), device=source_N.device))
     tokens = thoughts.tokens_BAST.flatten(0, 1)[source_N].view_as(thoughts.tokens_BAST)
-    return replace(thoughts, tokens_BAST=tokens, anchors=replace(anchors, valid_BA=able_N.view_as(anchors.valid_BA)))
+    anchors = replace(anchors, valid_BA=able_N.view_as(anchors.valid_BA))
+    return replace(thoughts.with_tokens(tokens), anchors=anchors)
 
 
 def gap_sums(own: Scores, other: Scores) -> Tensor:

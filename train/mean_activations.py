@@ -1,5 +1,5 @@
 """Mean activations of every expert, taken once when gates are trained: what the routers `average_activation` and
-`phatgoose_mean` score with. Called by train/stages.py and benchmarks/gate_ablation.py.
+`phatgoose_mean` score with. Called by train/stages.py.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _stage_plan(
     recipe: Recipe, name: str, train: TrainSettings, sizes: tuple[int, int, int], config: Any, world: int
 ) -> StagePlan:
     from .data.loader import share_of
-    from .strategy import load_strategy
+    from .strategy import zero_stage
 
     trainable, frozen, terms = sizes
     rows = train.rows_per_expert * terms
@@ -169,7 +169,6 @@ def _stage_plan(
         steps = training_steps(recipe.thoughts, recipe.data.sequence_length)
         thoughts = thought_plan_of(recipe, rows, share.rows, config, bytes_each)
         active += 0 if thoughts is None else thoughts.stored + thoughts.chunk
-    strategy = load_strategy(train.strategy or recipe.strategy)
     own, sharing = trainable, world
     if isinstance(train, RowTrainSettings) and train.parallel == "expert":
         own, sharing = trainable // terms * -(-terms // world), 1
@@ -179,7 +178,7 @@ def _stage_plan(
         memory={
             z: state_bytes(own, frozen * bytes_each, z, sharing, name == "thoughts") + active for z in ZERO_STAGES
         },
-        chosen=int(strategy["zero_optimization"]["stage"]), checkpoint=trainable * CHECKPOINT_BYTES, thoughts=thoughts,
+        chosen=zero_stage(train.strategy or recipe.strategy), checkpoint=trainable * CHECKPOINT_BYTES, thoughts=thoughts,
     )  # fmt: skip
 
 

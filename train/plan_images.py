@@ -23,7 +23,7 @@ from .image_memory import step_bytes
 from .jobs.urepa import TeacherShape
 from .plan import CHECKPOINT_BYTES, ZERO_STAGES, size, state_bytes
 from .recipe import Recipe
-from .strategy import load_strategy
+from .strategy import zero_stage
 
 AVERAGE_BYTES = 4
 VAE_SHRINKS, VAE_CHANNELS = 8, 4
@@ -68,7 +68,6 @@ def make_image_plan(recipe: Recipe, world: int = 1) -> ImagePlan:
     shown = TeacherShape(dim, grid, own=recipe.teacher.kind == "ema") if align is not None else None
     activations = step_bytes(settings, shape, classes, shown, share.rows)
     lasting = activations + (AVERAGE_BYTES * backbone if shown is not None and shown.own else 0)
-    strategy = load_strategy(train.strategy or recipe.strategy)
     return ImagePlan(
         shape, classes, images, backbone, projector, tap, f"{recipe.teacher.kind}, {grid[0]}x{grid[1]} tokens of width {dim}",
         flops=training_flops(settings.backbone, align, shape, classes, dim, grid), steps=train.steps,
@@ -76,7 +75,7 @@ def make_image_plan(recipe: Recipe, world: int = 1) -> ImagePlan:
         memory={
             z: state_bytes(backbone + projector, 0, z, world) + average_bytes(backbone, z, world) + lasting for z in ZERO_STAGES
         },
-        chosen=int(strategy["zero_optimization"]["stage"]),
+        chosen=zero_stage(train.strategy or recipe.strategy),
         checkpoint=(backbone + projector) * CHECKPOINT_BYTES + backbone * AVERAGE_BYTES,
     )  # fmt: skip
 

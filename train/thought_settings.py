@@ -9,15 +9,17 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..base.errors import RecipeError, suggest
 from ..base.files import read_json
 from ..thoughts.config import CURRICULUM_SIZES, Curriculum, ThoughtConfig, curriculum, length_dependent, preset
-from .recipe import Recipe, ThoughtEvaluation, ThoughtSettings
+from .recipe import Recipe, RouterName, ThoughtEvaluation, ThoughtSettings
 
 BASE, ROUTED, ONE = "base", "routed", "expert:"
-ROUTERS = ("phatgoose", "phatgoose_mean", "average_activation", "arrow", "random", "uniform")
+ROUTERS = tuple(name for name in get_args(RouterName) if name != "oracle")
+"""Those that an export can hold: the oracle is told each row's expert."""
+
 OWN_FIELDS = (
     "tokens", "lookahead", "samples", "temperature", "policy_temperature", "advantage", "base_weight", "mixed_weight",
     "beta", "entropy_bonus", "head", "initial_weight", "anchors", "every", "share", "limit",

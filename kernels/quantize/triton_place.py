@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..saliency.triton_select import chunk_of, cutoff, power_of_two, taken_at, warps_of
+from ..saliency.triton_select import chunk_of, cutoff, taken_at, warps_of
+from ..sizes import power_of_two
 from .layout import BLOCK, BitTables, PackedArena
 
 PLAN = 3  # per row and arena: slots in use, blocks in use, tokens to add
@@ -184,7 +185,7 @@ def place(
     choice = stored if choice is None else choice
     noted = BitTables(stored, stored, 0) if tables is None else tables
     valid = stored if tables is None else _bytes(valid)
-    chunk, peak_chunk = chunk_of(n + noted.column % 8), min(64, max(16, power_of_two(n)))
+    chunk, peak_chunk = chunk_of(n + noted.column % 8), min(64, power_of_two(n, 16))
     peaks = (high.bits != 16, low.bits != 16)
     _place[(batch * heads,)](
         choice, stored, valid, value, made.source, made.plan, made.peak, noted.salient, noted.valid,

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..sizes import power_of_two
+
 # finite, so that a list of k choices never names an expert twice where fewer than k are present; its weight is 0
 ABSENT = -1e38
 
@@ -61,7 +63,7 @@ class PreparedGates(NamedTuple):
 
 def axis_length(count: int, least: int = 16) -> int:
     """The power of two that holds `count`: what a kernel's axis is padded to."""
-    return max(least, 1 << max(count - 1, 0).bit_length())
+    return power_of_two(count, least)
 
 
 def group_shape(ranks_SN: Sequence[Sequence[int]]) -> GroupShape:

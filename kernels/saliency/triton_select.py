@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import power_of_two
+
 CHUNK = 4096  # tokens that a program handles at a time, at most
 
 
@@ -100,14 +102,9 @@ def _select(
         tl.store(p_out + program * n + i_token, taken.to(tl.uint8), mask=i_token < n)
 
 
-def power_of_two(count: int) -> int:
-    """The smallest that is not below count; Triton's own takes a dozen calls."""
-    return 1 << max(count - 1, 0).bit_length()
-
-
 def chunk_of(tokens: int) -> int:
     """Tokens at a time, a power of two of at least 16."""
-    return min(CHUNK, max(16, power_of_two(tokens)))
+    return min(CHUNK, power_of_two(tokens, 16))
 
 
 def warps_of(chunk: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from quietgoose.base.errors import RecipeError
 from quietgoose.train.agreement import own_facts, refuse_differences
-from quietgoose.train.recipe import ArmName, OptimizerSettings, SourceSettings
+from quietgoose.train.recipe import ArmName, OptimizerSettings, RouterName, SourceSettings
 from quietgoose.train.settings import (
     differences,
     load_recipe,
@@ -343,6 +343,14 @@ def test_arm_names_are_those_that_exist() -> None:
     from quietgoose.train.arms import ARMS
 
     assert set(get_args(ArmName)) == set(ARMS)
+
+
+def test_recipes_know_every_router() -> None:
+    from quietgoose.routing.routers import KINDS, ROUTERS
+    from quietgoose.train.thought_settings import ROUTERS as EXPORTED
+
+    assert set(get_args(RouterName)) == set(ROUTERS)
+    assert set(EXPORTED) == set(KINDS)
 
 
 def test_embedded_recipes_name_known_settings_only() -> None:
