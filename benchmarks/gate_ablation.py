@@ -27,7 +27,7 @@ from quietgoose.base.files import write_json
 from quietgoose.evaluation.run import evaluate
 from quietgoose.routing.gates_format import load_gates
 from quietgoose.routing.library import ExpertLibrary
-from quietgoose.routing.routers import SiteVectors, gate_vectors, mean_vectors, standardise
+from quietgoose.routing.routers import SiteVectors, centred, gate_vectors, mean_vectors, standardise
 from quietgoose.routing.sites import find_sites
 from quietgoose.train.arms import build_arms, routed
 from quietgoose.train.data.loader import StepData
@@ -97,19 +97,9 @@ def context_of(recipe: Recipe, run: Path, device: torch.device, world: Any, seen
     )
 
 
-def centred(vectors: SiteVectors) -> SiteVectors:
-    """Standardised vectors of a site less their mean over its experts: what an expert's direction has of its own."""
-    out: SiteVectors = {}
-    for site, of_experts in vectors.items():
-        unit = {name: standardise(vector) for name, vector in of_experts.items()}
-        mean = torch.stack(list(unit.values())).mean(0)
-        out[site] = {name: vector - mean for name, vector in unit.items()}
-    return out
-
-
 def directions(library: ExpertLibrary, way: str) -> SiteVectors:
     """Router vectors from gates (`g`), mean activations (`a`), either less its mean over the experts (`cg`, `ca`), or a
-    sum such as `cg+0.5ca`: every term is standardised before it is weighted. `g+1a` is the router `phatgoose_mean`."""
+    sum such as `cg+0.5ca`: every term is standardised before it is weighted. `cg+1ca` is the router `phatgoose_mean`."""
     known = {"g": gate_vectors(library), "a": mean_vectors(library)}
     total: dict[str, dict[str, torch.Tensor]] = {}
     for term in way.split("+"):

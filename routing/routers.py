@@ -5,7 +5,8 @@ the k largest and their weights are kernels/routed_lora's (`route_group` there i
 one input at once; here is what is done once, when experts are attached. Source: phatgoose.md 1.3, 1.5.
 
     phatgoose  z = layernorm(x) . layernorm(v) / sqrt(d), v the trained gate; average_activation, random: another v
-    phatgoose_mean  v = layernorm(gate) + layernorm(mean activation): the two err on different tasks (docs/results.md)
+    phatgoose_mean  v = layernorm(gate - g) + layernorm(mean activation - a), both standardised, g and a their means over the
+               site's experts: gates and means err on different tasks (docs/results.md)
     arrow      z = |x . v| / 10, v the top right singular vector of B A (Ostapenko et al. 2024)
     uniform    every present expert with weight 1/N, whatever the token
 """
@@ -104,12 +105,27 @@ def mean_vectors(library: ExpertLibrary) -> SiteVectors:
 
 
 def phatgoose_mean_vectors(library: ExpertLibrary) -> SiteVectors:
-    """layernorm(gate) + layernorm(mean activation), in equal parts. No expert's vector depends on the others."""
-    means = mean_vectors(library)
+    """layernorm(c(gate)) + layernorm(c(mean activation)) in equal parts, c(v) as in `centred`.
+
+    What all experts' vectors share moves every score alike and says nothing of who should win, yet it is most of a mean
+    activation: left in, it decides how much of the sum an expert's own direction gets (docs/log.md, 2026-11-26). So a vector
+    depends on which experts are attached; `phatgoose` is the router where none does.
+    """
+    means = centred(mean_vectors(library))
     return {
         site: {name: standardise(gate) + standardise(means[site][name]) for name, gate in gates.items()}
-        for site, gates in gate_vectors(library).items()
+        for site, gates in centred(gate_vectors(library)).items()
     }
+
+
+def centred(vectors: SiteVectors) -> SiteVectors:
+    """Standardised vectors of each site less their mean over its experts; a site's only vector is left whole."""
+    found: SiteVectors = {}
+    for site, of_experts in vectors.items():
+        own = {name: standardise(vector) for name, vector in of_experts.items()}
+        shared = torch.stack(list(own.values())).mean(0) if len(own) > 1 else 0.0
+        found[site] = {name: vector - shared for name, vector in own.items()}
+    return found
 
 
 def _by_site(

@@ -2,7 +2,7 @@
 
 base                 no experts                          experts             every single expert, one row each
 oracle               the task's own expert (told)        phatgoose           trained gates, top-k
-phatgoose_mean       gates plus mean activations         average_activation  mean activations, same router
+phatgoose_mean       gates and mean activations          average_activation  mean activations, same router
 random               gates ~ N(0, I), same router
 arrow                singular vectors, |x . v|           uniform             all experts, 1/N each
 merged, ties, dare   one static adapter made of all      permuted            trained gates of the wrong experts

@@ -20,6 +20,7 @@ from quietgoose.routing.routers import (
     prepare_phatgoose,
     random_vectors,
     router_kind,
+    standardise,
     uniform,
 )
 
@@ -170,24 +171,55 @@ def test_unknown_router_and_missing_gates(equal, model, new_expert) -> None:
         gate_vectors(equal.add(new_expert(model, "eel", gates=False)))
 
 
-def test_phatgoose_mean_scores_by_both_in_equal_parts(mixed) -> None:
-    """v = layernorm(gate) + layernorm(mean), whatever the lengths of the two, and of no other expert."""
+def test_phatgoose_mean_scores_by_what_each_has_of_its_own(mixed) -> None:
+    """Gate and mean each less what the site's experts share, in equal parts, whatever the lengths of the two."""
     means = {e.name: {s: torch.randn(v.shape) + 3 for s, v in e.gates.items()} for e in mixed}
     held = mixed.with_gates({e.name: e.gates for e in mixed}, means)
     vectors = phatgoose_mean_vectors(held)
-    for expert in held:
-        for site, gate in expert.gates.items():
-            g, m = gate.double(), means[expert.name][site].double()
-            wanted = (g - g.mean()) / g.std(correction=0) + (m - m.mean()) / m.std(correction=0)
-            torch.testing.assert_close(vectors[site][expert.name].double(), wanted, rtol=1e-3, atol=1e-3)
+
+    def unit(v_NI: torch.Tensor) -> torch.Tensor:
+        return (v_NI - v_NI.mean(1, keepdim=True)) / v_NI.std(1, correction=0, keepdim=True)
+
+    shared_sites = 0
+    for site in held.sites:
+        of = [e for e in held if site in e.gates]
+        wanted = 0
+        for parts in ([e.gates[site] for e in of], [means[e.name][site] for e in of]):
+            standard = unit(torch.stack(parts).double())
+            wanted = wanted + unit(standard - standard.mean(0) if len(of) > 1 else standard)
+        shared_sites += len(of) > 1
+        for expert, row in zip(of, wanted, strict=True):
+            torch.testing.assert_close(vectors[site][expert.name].double(), row, rtol=1e-3, atol=1e-3)
             assert torch.equal(mean_vectors(held)[site][expert.name], means[expert.name][site])
+    assert shared_sites
     scaled = held.with_gates(
         {e.name: {s: 1000 * v for s, v in e.gates.items()} for e in mixed},
         {name: {s: 50 * v for s, v in of.items()} for name, of in means.items()},
     )
-    alone = held.restrict([held.names[-1]])
     for site, of_expert in phatgoose_mean_vectors(scaled).items():
         for name, vector in of_expert.items():
             torch.testing.assert_close(vector, vectors[site][name], rtol=1e-3, atol=1e-3)
-            if name in alone:
-                assert torch.equal(phatgoose_mean_vectors(alone)[site][name], vectors[site][name])
+    alone = held.restrict([held.names[-1]])
+    for site, of_expert in phatgoose_mean_vectors(alone).items():
+        for name, vector in of_expert.items():
+            wanted = standardise(alone[name].gates[site]) + standardise(means[name][site])
+            torch.testing.assert_close(vector, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_all_means_share_does_not_route(equal) -> None:
+    """A large part that every expert's mean activation has in common, as real ones have, leaves the vectors as they are."""
+    torch.manual_seed(0)
+    site = equal.sites[0]
+    width = equal["ant"].gates[site].shape[0]
+    own = {name: torch.randn(width) for name in equal.names}
+    own = {name: standardise(v) for name, v in own.items()}
+    common = standardise(torch.randn(width))
+
+    def held(shared: float):
+        means = {e.name: {s: own[e.name] + shared * common if s == site else torch.randn(v.shape)
+                          for s, v in e.gates.items()} for e in equal}  # fmt: skip
+        return phatgoose_mean_vectors(equal.with_gates({e.name: e.gates for e in equal}, means))[site]
+
+    plain, drowned = held(0.0), held(20.0)
+    for name in equal.names:
+        assert torch.cosine_similarity(plain[name], drowned[name], dim=0) > 0.9, name
