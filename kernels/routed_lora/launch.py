@@ -53,6 +53,12 @@ def _distances(tensors: list[Tensor]) -> tuple[int, int]:
     return _three(away)[1:]
 
 
+def _rows(x_TI: Tensor) -> Tensor:
+    """The tensor, or a copy, with the numbers of a row side by side: kernels take any distance between rows, but only that
+    within them."""
+    return x_TI if x_TI.stride(-1) == 1 else x_TI.contiguous()
+
+
 def _gates(gates: PreparedGates) -> tuple[Tensor, Tensor, bool]:
     if gates.high_ZI.numel():
         return gates.high_ZI, gates.low_ZI, True
@@ -71,7 +77,7 @@ def route(
     chosen: tiles.Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weight fp32 [S, T, K], index int32 [S, T, K], hm [T, R] in x's dtype); empty where not asked for."""
-    num_tokens, width = x_TI.shape
+    x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
     sites = len(shape.slots)
     shrink, padded = a_RI is not None, axis_length(shape.num_experts)
     tile = chosen or tiles.route_tiles(num_tokens, width, padded, shrink)
@@ -96,7 +102,7 @@ def linear(
     x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: GroupShape, chosen: tiles.Tiles | None = None
 ) -> list[Tensor]:
     """Per site y [T, O] = x W^T + hm B (+ bias)."""
-    num_tokens, width = x_TI.shape
+    x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
     outs = [w.shape[0] for w in sites.weights]
     y = [x_TI.new_empty(num_tokens, o) for o in outs]
     tile = chosen or tiles.choose(tiles.LINEAR_EXPAND, num_tokens, width)
@@ -144,7 +150,7 @@ def decode(
     sites: Sites,
 ) -> list[Tensor]:
     """Per site y [T, O] for T <= 64: base and gate products in one launch, routing and experts in one or two."""
-    num_tokens, width = x_TI.shape
+    x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
     outs = [w.shape[0] for w in sites.weights]
     y = [x_TI.new_empty(num_tokens, o) for o in outs]
     high, low, split = _gates(gates)
@@ -217,7 +223,7 @@ def shrink_pairs(
     weight_STK: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """h [L, T, RP] in x's dtype and sorted order: rows of each pair's expert times its token (times its weight)."""
-    num_tokens, width = x_TI.shape
+    x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
     lists, padded = pairs.total_LN.shape
     rank, block_t = axis_length(shape.widest), _tile_rows(num_tokens, shape.num_experts)
     hidden = x_TI.new_empty(lists, num_tokens, rank)
@@ -254,7 +260,7 @@ def outer_pairs(
     site: int, base_slot: int,
 ) -> Tensor:  # fmt: skip
     """fp32 [R_site, I]: per expert the sum over its pairs of h^T x."""
-    num_tokens, width = x_TI.shape
+    x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
     out = x_TI.new_empty(shape.slots[site], width, dtype=torch.float32)  # every slot is an expert's, so it is written
     block_i = 64
     grouped_outer[(shape.num_experts, triton.cdiv(width, block_i))](

@@ -160,12 +160,13 @@ def expand_experts(
     from . import launch
 
     shape, tables = grouped_layout(start, rank, b.shape[:1], widest)
-    return launch.expand_pairs_(y.clone(), hidden, b, tables, shape, launch.Pairs(order, total), len(hidden), 0, 0)
+    y = y.clone(memory_format=torch.contiguous_format)
+    return launch.expand_pairs_(y, hidden, b, tables, shape, launch.Pairs(order, total), len(hidden), 0, 0)
 
 
 @expand_experts.register_fake
 def _(y: Tensor, hidden: Any, order: Any, total: Any, b: Any, start: Any, rank: Any, widest: int):
-    return torch.empty_like(y)
+    return y.new_empty(y.shape)
 
 
 def _expand_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -131,7 +131,7 @@ def decode_update(
     weight = tl.zeros([KP * RP], dtype=tl.float32)
     for j in tl.static_range(K):
         score = tl.max(z, axis=0)
-        index = tl.min(tl.where(z == score, o_n, NP), axis=0)
+        index = tl.min(tl.where(z == score, o_n, num_experts - 1), axis=0)  # an expert there is, whatever z holds
         chosen += tl.exp(score - top)
         mine = o_c // RP == j
         slot = tl.where(mine, tl.load(p_start + i_s * num_experts + index) + o_c % RP, slot)

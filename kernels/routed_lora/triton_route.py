@@ -48,10 +48,10 @@ def row_sums(p_rows, m_t, width, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def best(b_z, o_n, PADDED: tl.constexpr):
-    """(largest score, its lowest index) per row of b_z [T, NP]."""
+def best(b_z, o_n, num_experts):
+    """(largest score, its lowest index) per row of b_z [T, NP]; the last expert where no score is a number."""
     b_top = tl.max(b_z, axis=1)
-    b_index = tl.min(tl.where(b_z == b_top[:, None], o_n[None, :], PADDED), axis=1)
+    b_index = tl.min(tl.where(b_z == b_top[:, None], o_n[None, :], num_experts - 1), axis=1)
     return b_top, b_index
 
 
@@ -113,7 +113,7 @@ def route_shrink(
     b_chosen = tl.zeros([BLOCK_T], dtype=tl.float32)
     b_left = b_z
     for _ in tl.static_range(K):
-        b_score, b_index = best(b_left, o_n, NP)
+        b_score, b_index = best(b_left, o_n, num_experts)
         b_weight = tl.exp(b_score - b_top)
         b_chosen += b_weight
         if SHRINK:
@@ -124,7 +124,7 @@ def route_shrink(
         b_left = b_z
         m_out = m_t & (i_r == 0)
         for j in tl.static_range(K):
-            b_score, b_index = best(b_left, o_n, NP)
+            b_score, b_index = best(b_left, o_n, num_experts)
             o_out = (i_s.to(tl.int64) * num_tokens + o_t) * K + j
             tl.store(p_weight + o_out, tl.exp(b_score - b_top) * b_scale, mask=m_out)
             tl.store(p_index + o_out, b_index, mask=m_out)
