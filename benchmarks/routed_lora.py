@@ -3,7 +3,7 @@
     python benchmarks/routed_lora.py --parts models decode --out results/routed_lora.json      # whole models
     python benchmarks/routed_lora.py --parts layer --shapes smollm2 llama3-8b                   # one layer, all peers
     python benchmarks/routed_lora.py --parts tune models   # prints tables of kernels/routed_lora/tiles.py, then uses them
-    python benchmarks/routed_lora.py --parts layer --shapes tiny --device cpu --tokens 1 8      # wiring, on a CPU
+    python benchmarks/routed_lora.py --shapes tiny --device cpu --tokens 1 8 --batches 2x8      # wiring, on a CPU, eager
 
 Random bf16 weights, gates and tokens (no quality is claimed; random gates spread tokens over all experts, the worst case
 for grouping). A layer is the seven linears of one decoder layer, captured as a CUDA graph where a formulation can be
@@ -246,7 +246,10 @@ def main() -> None:
     options.parts.sort(key=lambda part: part != "tune")
     works = {"models": run_models, "decode": run_decode, "layer": run_layer, "tune": run_tune}
     for part in options.parts:
-        works[part](report)
+        try:
+            works[part](report)
+        except Exception as problem:  # the parts that follow have nothing to do with it
+            report.add(part=part, failed=f"{type(problem).__name__}: {str(problem)[:300]}")
     say(f"written {options.out}")
 
 

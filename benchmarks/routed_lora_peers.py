@@ -42,6 +42,14 @@ class Group(NamedTuple):
     tables: list[Tensor]
 
 
+def checked_rows(tokens: int, device: torch.device, most: int = 1024) -> Tensor:
+    """Tokens that stand for all: evenly from the first to the last, and the last 128, a tile that may not be full."""
+    if tokens <= most:
+        return torch.arange(tokens, device=device)
+    spread = torch.linspace(0, tokens - 1, most - 128, dtype=torch.float64).round().long()
+    return torch.cat([spread, torch.arange(tokens - 128, tokens)]).unique().to(device)
+
+
 class Layer:
     """`copies` layers of random weights (more bytes than the L2 holds, for few tokens) and one input per group."""
 
@@ -83,12 +91,7 @@ class Layer:
         return found
 
     def checked_rows(self, most: int = 1024) -> Tensor:
-        """Tokens that stand for all: evenly from the first to the last, and the last 128, a tile that may not be full."""
-        if self.tokens <= most:
-            return torch.arange(self.tokens, device=self.inputs[0].device)
-        spread = torch.linspace(0, self.tokens - 1, most - 128, dtype=torch.float64).round().long()
-        rows = torch.cat([spread, torch.arange(self.tokens - 128, self.tokens)]).unique()
-        return rows.to(self.inputs[0].device)
+        return checked_rows(self.tokens, self.inputs[0].device, most)
 
     def exact(self, k: int, arrow: bool, rows: Tensor) -> list[Tensor]:
         """The outputs of the tokens `rows` in fp64."""

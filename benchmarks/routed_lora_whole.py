@@ -24,40 +24,53 @@ from routed_lora_models import (
     tokens_of,
     without_mask,
 )
+from routed_lora_peers import checked_rows
 from torch import Tensor
 
-DEVICE = torch.device("cuda")
 DECODE_STEPS = 60
 GATE = 3e-2  # bf16 through all layers: kernels against the plain twin, logits
 
 
 def run_models(report: Any) -> None:
     """Forwards with all logits: base and routed compiled and captured, PEFT's as they run."""
+    device = torch.device(report.options.device)
     for shape in report.options.shapes:
-        if shape == "tiny" or report.late():
-            continue
-        model = without_mask(make_model(shape, report.options.layers, DEVICE))
+        if report.late():
+            return
+        model = without_mask(make_model(shape, report.options.layers, device))
         batches = [b for b in report.options.batches if not (shape != "smollm2" and b == "64x512")]
         bases: dict[tuple[str, str], float] = {}
         _arm(report, model, shape, "base", batches, bases)
         for experts in report.options.model_experts:
             if report.late():
                 break
-            attach(model, make_library(model, experts), k=2, implementation=report.options.implementation)
-            error = _gate(model, report.options.implementation)
-            sites = {batch: _gate_sites(model, batch) for batch in batches}
-            green = [batch for batch in batches if max(error, sites[batch]) <= GATE]
-            found = {"logits_error": error, "sites_error": sites, "implementation": report.options.implementation}
-            if green != batches:
-                red = [batch for batch in batches if batch not in green]
-                report.add(part="models", shape=shape, what=f"routed {experts}", refused=f"red gate: {red}", **found)
-            _arm(report, model, shape, f"routed {experts}", green, bases, **found)
+            try:
+                _routed(report, model, shape, experts, batches, bases)
+            except Exception as problem:
+                what = f"routed {experts}"
+                report.add(
+                    part="models", shape=shape, what=what, failed=f"{type(problem).__name__}: {str(problem)[:300]}"
+                )
             detach(model)
-            tidy(DEVICE)
+            tidy(device)
         if not report.options.no_peft and not report.late():
             _peft(report, model, shape, batches, bases)
         del model
-        tidy(DEVICE)
+        tidy(device)
+
+
+def _routed(
+    report: Any, model: Any, shape: str, experts: int, batches: list[str], bases: dict[tuple[str, str], float]
+) -> None:
+    attach(model, make_library(model, experts), k=2, implementation=report.options.implementation)
+    error = _gate(model, report.options.implementation)
+    sites = {batch: _gate_sites(model, batch) for batch in batches}
+    green = [batch for batch in batches if max(error, sites[batch]) <= GATE]
+    found = {"logits_error": error, "sites_error": sites, "implementation": report.options.implementation}
+    if green != batches:
+        red = [batch for batch in batches if batch not in green]
+        report.add(part="models", shape=shape, what=f"routed {experts}", refused=f"red gate: {red}", **found)
+    _arm(report, model, shape, f"routed {experts}", green, bases, **found)
 
 
 def _gate(model: Any, implementation: Any) -> float:
@@ -79,6 +92,7 @@ def _gate_sites(model: Any, batch: str) -> float:
     what is wrong with small updates, and few tokens what is wrong with kernels that many tokens take."""
     rows, length = (int(n) for n in batch.split("x"))
     worst = 0.0
+    checked_C = checked_rows(rows * length, model.device)
     for site in list(model.routing_state.modules.values())[:7]:
         bank, position = site.adapter.shared, site.adapter.position
         b_RO, weight_OI = bank.b_RO_of(position), site.base.weight
@@ -86,15 +100,15 @@ def _gate_sites(model: Any, batch: str) -> float:
         x_TI = torch.randn(rows * length, site.in_features, device=weight_OI.device).to(weight_OI.dtype)
         with torch.no_grad():
             b_RO.mul_(64)
-            last = x_TI[-1024:].float()
-            weights, index = (t[position, None] for t in _route(bank, last))
+            some_CI = x_TI[checked_C].float()
+            weights, index = (t[position, None] for t in _route(bank, some_CI))
             first, slots = sum(bank.shape.slots[:position]), bank.shape.slots[position]
             owners = bank.owner_R[first : first + slots]
-            hidden_TR = masked_hidden(
-                last, bank.a_RI_of(position).float(), owners, [slots], weights, index, bank.shape.num_experts
+            hidden_CR = masked_hidden(
+                some_CI, bank.a_RI_of(position).float(), owners, [slots], weights, index, bank.shape.num_experts
             )
-            want = last @ weight_OI.float().t() + hidden_TR @ b_RO.float()
-            worst = max(worst, relative_rmse(site(x_TI)[-1024:], want))
+            want = some_CI @ weight_OI.float().t() + hidden_CR @ b_RO.float()
+            worst = max(worst, relative_rmse(site(x_TI)[checked_C], want))
             b_RO.div_(64)
         bank.forget()
     return worst
@@ -111,12 +125,12 @@ def _arm(
         if report.late():
             return
         ids = tokens_of(model, *(int(n) for n in batch.split("x")))
-        for mode in ("compiled graph", "graph", "calls"):
+        for mode in ("compiled graph", "graph", "calls") if model.device.type == "cuda" else ("calls",):
             try:
                 found = _time(model, ids, mode)
             except Exception as problem:
                 report.add(part="models", shape=shape, batch=batch, what=what, mode=mode, failed=str(problem)[:300])
-                tidy(DEVICE)
+                tidy(model.device)
                 continue
             if what == "base":
                 bases[batch, mode] = found["ms"]
@@ -131,15 +145,15 @@ def _time(model: Any, ids: Tensor, mode: str) -> dict[str, Any]:
     def clocked() -> Times:
         if mode == "compiled graph":
             with compiled_layers(model):
-                return time_steps(captured(work), DEVICE, 200, 0.7, 5)
-        return time_steps(captured(work) if mode == "graph" else work, DEVICE, 200, 0.7, 5)
+                return time_steps(captured(work), ids.device, 200, 0.7, 5)
+        return time_steps(captured(work) if mode == "graph" else work, ids.device, 200, 0.7, 5)
 
-    return with_peak(clocked)
+    return with_peak(clocked, ids.device)
 
 
-def with_peak(clocked: Callable[[], Times]) -> dict[str, Any]:
+def with_peak(clocked: Callable[[], Times], device: torch.device) -> dict[str, Any]:
     """The times, and MiB at the peak beyond what stood."""
-    times, peak = peak_of(clocked, DEVICE)
+    times, peak = peak_of(clocked, device)
     return {**times.short(), "peak_mib": round((peak or 0) / 2**20, 1)}
 
 
@@ -157,25 +171,31 @@ def _peft(report: Any, model: Any, shape: str, batches: list[str], bases: dict[t
             ids = tokens_of(model, *(int(n) for n in batch.split("x")))
             try:
                 work = forward(peer, ids)
-                found = with_peak(lambda: time_steps(work, DEVICE, 200, 0.7))
+                found = with_peak(lambda: time_steps(work, ids.device, 200, 0.7), ids.device)
                 share = round(found["ms"] / bases[batch, "calls"], 3) if (batch, "calls") in bases else None
                 report.add(part="models", shape=shape, batch=batch, what=what, mode="calls", **found, share=share)
             except Exception as problem:
                 report.add(part="models", shape=shape, batch=batch, what=what, failed=str(problem)[:300])
-                tidy(DEVICE)
+                tidy(model.device)
         peer.unload()
 
 
 def run_decode(report: Any) -> None:
     """One token a row after a prompt of 256: captured steps of the base and of routed models, same settings."""
+    device = torch.device(report.options.device)
     for shape in report.options.shapes:
-        if shape == "tiny" or report.late():
-            continue
-        model = make_model(shape, report.options.layers, DEVICE)
-        bases: dict[tuple[str, str, int], float] = {}
+        if report.late():
+            return
+        model = make_model(shape, report.options.layers, device)
+        bases: dict[tuple[str, str, int], tuple[float, float]] = {}  # milliseconds, error of the logits
         for experts in (0, *report.options.model_experts):
             if experts:
-                attach(model, make_library(model, experts), k=2, implementation=report.options.implementation)
+                try:
+                    attach(model, make_library(model, experts), k=2, implementation=report.options.implementation)
+                except Exception as problem:
+                    failed = f"{type(problem).__name__}: {str(problem)[:300]}"
+                    report.add(part="decode", shape=shape, experts=experts, failed=failed)
+                    continue
             for cache in report.options.caches:
                 for fuse in report.options.fuse:
                     for rows in report.options.rows:
@@ -183,30 +203,43 @@ def run_decode(report: Any) -> None:
                             return
                         _decode(report, model, shape, experts, cache, fuse, rows, bases)
             detach(model)
-            tidy(DEVICE)
+            tidy(device)
         del model
-        tidy(DEVICE)
+        tidy(device)
 
 
 def _decode(
     report: Any, model: Any, shape: str, experts: int, cache: str, fuse: Any, rows: int,
-    bases: dict[tuple[str, str, int], float],
+    bases: dict[tuple[str, str, int], tuple[float, float]],
 ) -> None:  # fmt: skip
     where = {"part": "decode", "shape": shape, "experts": experts, "cache": cache, "fuse": fuse, "rows": rows}
     try:
         torch._dynamo.reset()
         held = StaticKV(model.config, capacity=512) if cache == "static" else ZipCache(model.config, capacity=512)
         decode = compile_decode(model, held, fuse=fuse)
-        logits = decode.prefill(tokens_of(model, rows, 256))
-        token = logits.argmax(-1)
-        for _ in range(4):
-            token = decode.step(token).argmax(-1)
-        found = time_steps(lambda: decode.step(token), DEVICE, DECODE_STEPS, 10.0, DECODE_STEPS).short()
+        error = _decode_error(model, decode, tokens_of(model, rows, 256))
+        of_base = bases.get((cache, fuse, rows), (0.0, GATE))[1]
+        if cache == "static" and not error <= GATE + 2 * of_base:
+            decode.close()
+            report.add(**where, refused=f"logits are not a plain forward's: {error:.2e}")
+            return
+        token = torch.zeros(rows, dtype=torch.int64, device=model.device)
+        found = time_steps(lambda: decode.step(token), token.device, DECODE_STEPS, 10.0, DECODE_STEPS).short()
         decode.close()
     except Exception as problem:
         report.add(**where, failed=f"{type(problem).__name__}: {str(problem)[:300]}")
         return
     if not experts:
-        bases[cache, fuse, rows] = found["ms"]
-    share = round(found["ms"] / bases[cache, fuse, rows], 3) if (cache, fuse, rows) in bases else None
-    report.add(**where, **found, share=share)
+        bases[cache, fuse, rows] = found["ms"], error
+    share = round(found["ms"] / bases[cache, fuse, rows][0], 3) if (cache, fuse, rows) in bases else None
+    report.add(**where, **found, share=share, logits_error=error)
+
+
+def _decode_error(model: Any, decode: Any, ids: Tensor) -> float:
+    """Relative RMSE of the sixth step's logits (captured by then) against one forward over the same tokens without a cache."""
+    tokens = [decode.prefill(ids).argmax(-1)]
+    for _ in range(5):
+        logits = decode.step(tokens[-1])
+        tokens.append(logits.argmax(-1))
+    plain = forward(model, torch.cat([ids, torch.stack(tokens[:-1], 1)], 1))()
+    return relative_rmse(logits, plain[:, -1])

@@ -182,14 +182,14 @@ def measured(training: Path | None, scaling: Path | None) -> tuple[Machine, dict
     matmul = found.get("matmul", (machine.matmul, ""))[0]
     for arm, field in (("ours", "share_small"), ("llama3", "share_large")):
         rates = [x for x in _lines(training) if x.get("arm") == arm and x.get("kind") == "experts" and x["experts"] > 1]
-        rates = [x for x in rates if "tflops" in x and math.isfinite(x["tflops"])]
+        rates = [x for x in rates if math.isfinite(x.get("tflops", math.nan)) and x["tflops"] > 0]  # --tiny rounds to 0
         if rates:
             best = max(rates, key=lambda line: line["tflops"])
             found[field] = (
                 best["tflops"] * 1e12 / matmul,
                 f"measured, {best['what']}, {best['rows']} rows, {best['hardware']}",
             )
-    links = [line for line in _lines(scaling) if line.get("what") == "link"]
+    links = [line for line in _lines(scaling) if line.get("what") == "link" and line["gigabytes_per_second"] > 0]
     if links:
         worst = min(links, key=lambda line: line["gigabytes_per_second"])
         found["host"] = (worst["gigabytes_per_second"] * 1e9, f"measured, all-reduce over {worst['gpus']} GPUs")

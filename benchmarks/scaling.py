@@ -6,7 +6,8 @@
 
 An arm is parallel:strategy. Rows per GPU stay (weak scaling: `--rows` of each of 12 experts a GPU); with `--strong` rows in all do.
 Expert parallelism gives every process twelve experts divided by W, with W times the rows of each. `link` times an all-reduce of
-256 MiB. Bytes are counted in eager steps (train/traffic.py): they depend on what is trained, not on the rows.
+256 MiB. Bytes are counted in eager steps (train/traffic.py): they depend on what is trained, not on the rows. JSON is rewritten
+after every arm; an arm that fails leaves its error there and the rest go on in new processes.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import about, elapsed_ms
+from measure import about, elapsed_ms, write
 from quietgoose.train.engine import initialize_distributed, shutdown
 from quietgoose.train.parallel import owned, ring_bytes, zero3_bytes
 from quietgoose.train.recipe import RowTrainSettings
@@ -33,16 +36,18 @@ from training_cases import Run, running, shapes, timed
 
 ARMS = ("data:zero0", "data:zero1", "data:zero2", "expert:zero0", "expert:zero2", "data:zero3")
 EXPERTS = 12
+GRACE, SPARE = 30.0, 30.0
 SEEN = 3
 """Steps before bytes are counted: DeepSpeed's ZeRO-3 learns the order of the modules in the first two micro-batches."""
 
 
-def start(options: argparse.Namespace, world: int, budget: float) -> list[dict[str, Any]]:
-    """Run the worker in `world` processes; the lines that rank 0 printed."""
+def start(options: argparse.Namespace, arms: list[str], world: int, budget: float) -> Iterator[dict[str, Any]]:
+    """Run the worker in `world` processes; the lines that rank 0 prints, as they come. A process that fails leaves the others in
+    a collective for good: they are ended `GRACE` seconds later, and all of them that long after the budget."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    words = [sys.executable, __file__, "--worker", "--arms", *options.arms, "--rows", str(options.rows)]
+    words = [sys.executable, __file__, "--worker", "--arms", *arms, "--rows", str(options.rows)]
     words += ["--kind", options.kind, "--seconds", str(options.seconds), "--budget-seconds", str(budget)]
     words += [f"--{name}" for name in ("tiny", "strong") if getattr(options, name)]
     processes = []
@@ -51,20 +56,46 @@ def start(options: argparse.Namespace, world: int, budget: float) -> list[dict[s
         environment = {**os.environ, **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         processes.append(subprocess.Popen(words, env=environment, stdout=output, text=True))
-    lines = []
+    threading.Thread(target=_end, args=(processes, time.monotonic() + budget + GRACE), daemon=True).start()
     try:
         for text in processes[0].stdout or ():
             print(text, end="", flush=True)
             if text.startswith("{"):
-                lines.append(json.loads(text))
-        for process in processes:
-            process.wait(60)
-    except subprocess.TimeoutExpired:
-        lines.append({"gpus": world, "failed": "a process did not end"})
+                yield json.loads(text)
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            print(f"{world} processes ended with {codes}", flush=True)
     finally:
         for process in processes:
             process.kill()
-    return lines
+
+
+def _end(processes: list[subprocess.Popen[str]], deadline: float) -> None:
+    """End all processes at the deadline, or `GRACE` seconds after one of them has failed."""
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            deadline = min(deadline, time.monotonic() + GRACE)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.2)
+
+
+def run_world(options: argparse.Namespace, world: int, budget: float) -> Iterator[dict[str, Any]]:
+    """All arms with `world` processes. After a failure those that are left go on in new processes."""
+    end, arms = time.perf_counter() + budget, list(options.arms)
+    while arms:
+        left, told, failed = end - time.perf_counter(), set(), False
+        if left < SPARE:
+            yield from ({"gpus": world, "what": arm, "skipped": "the budget is spent"} for arm in arms)
+            return
+        for line in start(options, arms, world, left):
+            told.add(line["what"])
+            failed = "failed" in line
+            yield line
+        arms = [arm for arm in arms if arm not in told]
+        if arms and not failed:
+            yield {"gpus": world, "what": arms.pop(0), "failed": "a process ended or did not answer"}
 
 
 class Worker:
@@ -87,7 +118,7 @@ class Worker:
             spent = torch.tensor([time.perf_counter() - self.begin], device=self.device)
             if self.world.size > 1:
                 dist.broadcast(spent, 0)
-            if float(spent) > self.options.budget_seconds - 30:
+            if float(spent) > self.options.budget_seconds - SPARE:
                 self.put(what=arm, skipped="the budget is spent")
                 continue
             try:
@@ -177,10 +208,10 @@ def main() -> None:
     end = time.perf_counter() + options.budget_seconds
     for number, world in enumerate(options.gpus):
         share = (end - time.perf_counter()) / (len(options.gpus) - number)
-        record["lines"] += start(options, world, share)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(record, indent=1) + "\n")
+        for line in run_world(options, world, share):
+            record["lines"].append(line)
+            if options.out:
+                write(record, options.out)
     table(record["lines"])
 
 

@@ -94,3 +94,49 @@ def test_checked_rows_reach_from_the_first_to_the_last(tokens: int) -> None:
     assert tokens == 1 or int(rows.diff().max()) <= 1 + tokens // 800
     assert len(rows) <= 1024
     assert torch.equal(rows[-min(128, tokens) :].cpu(), torch.arange(tokens)[-128:])
+
+
+def whole(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> list[dict[str, Any]]:
+    import routed_lora
+
+    common = ["--shapes", "tiny", "--device", "cpu", "--model-experts", "4", "--batches", "2x8", "--fuse", "none"]
+    common += ["--caches", "static", "--no-peft", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["routed_lora.py", *common, *words])
+    routed_lora.main()
+    return json.loads(out.read_text())["cells"]
+
+
+def test_whole_models_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cells = whole(monkeypatch, tmp_path / "found.json", "--parts", "models", "decode")
+    assert not [c for c in cells if "failed" in c or "refused" in c]
+    assert [(c["part"], c.get("what", c.get("experts"))) for c in cells] == [
+        ("models", "base"), ("models", "routed 4"), ("decode", 0), ("decode", 4),
+    ]  # fmt: skip
+    assert all(c["ms"] > 0 and c["share"] > 0 for c in cells)
+    assert cells[1]["sites_error"]["2x8"] < 1e-2
+    assert all(c["logits_error"] < 2e-2 for c in cells[1:])
+
+
+def test_a_decode_step_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from quietgoose.cache.decode import CompiledDecode
+
+    own = CompiledDecode.step
+    monkeypatch.setattr(CompiledDecode, "step", lambda self, token: own(self, token) * 1.2)
+    cells = whole(monkeypatch, tmp_path / "found.json", "--parts", "decode")
+    assert ["refused" in c for c in cells] == [True, True]
+
+
+def test_a_part_that_fails_leaves_the_others_to_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import routed_lora_whole
+
+    def broken(*given: Any) -> None:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(routed_lora_whole, "without_mask", broken)
+    cells = whole(monkeypatch, tmp_path / "found.json", "--parts", "models", "layer", "--tokens", "3", "--experts", "4")
+    assert "not today" in cells[0]["failed"]
+    assert {c["part"] for c in cells[1:]} == {"layer"}
+    monkeypatch.undo()
+    monkeypatch.setattr(routed_lora_whole, "make_library", broken)
+    cells = whole(monkeypatch, tmp_path / "again.json", "--parts", "models", "decode")
+    assert [("not today" in c.get("failed", ""), "ms" in c) for c in cells] == [(False, True), (True, False)] * 2

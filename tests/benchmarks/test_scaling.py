@@ -127,3 +127,69 @@ def test_measurements_replace_assumptions_and_tables_what_stands_between_the_mar
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "| data:zero2 | 2 | 1.90 |" in text
+
+
+FAILING = """
+import json, os, sys, time
+rank, arms = int(os.environ["RANK"]), sys.argv[sys.argv.index("--arms") + 1 : sys.argv.index("--rows")]
+for arm in arms:
+    if arm == "loud:zero0" and rank == 0:
+        print(json.dumps(dict(gpus=2, what=arm, failed="not today")), flush=True)
+        os._exit(1)
+    if arm == "quiet:zero0" and rank == 1:
+        os._exit(1)
+    if arm in ("loud:zero0", "quiet:zero0"):
+        time.sleep(600)  # in a collective that the other never joins
+    if rank == 0:
+        print(json.dumps(dict(gpus=2, what=arm, tokens_per_second=1)), flush=True)
+"""
+
+
+def test_a_process_that_fails_costs_its_arm_and_neither_the_run_nor_the_rest(monkeypatch, tmp_path: Path) -> None:
+    import scaling
+
+    program, out = tmp_path / "program.py", tmp_path / "found.json"
+    program.write_text(FAILING)
+    monkeypatch.setattr(scaling, "__file__", str(program))
+    monkeypatch.setattr(scaling, "GRACE", 0.5)
+    arms = ["data:zero0", "loud:zero0", "quiet:zero0", "data:zero2"]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--gpus", "2", "--arms", *arms, "--out", str(out)])
+    scaling.main()
+    lines = json.loads(out.read_text())["lines"]
+    assert [(line["what"], "failed" in line) for line in lines] == [(a, a[0] in "lq") for a in arms]
+
+
+def test_an_arm_that_never_ends_does_not_outlive_the_budget(monkeypatch, tmp_path: Path) -> None:
+    import scaling
+
+    program, out = tmp_path / "program.py", tmp_path / "found.json"
+    program.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(scaling, "__file__", str(program))
+    monkeypatch.setattr(scaling, "GRACE", 0.0)
+    monkeypatch.setattr(scaling, "SPARE", 0.5)
+    words = ["--gpus", "2", "--arms", "data:zero0", "data:zero2", "--budget-seconds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
+    scaling.main()
+    lines = json.loads(out.read_text())["lines"]
+    assert [line["what"] for line in lines] == ["data:zero0", "data:zero2"]
+    assert "failed" in lines[0]
+    assert "skipped" in lines[1]
+
+
+def test_what_tiny_runs_leave_is_no_measurement_of_a_machine(tmp_path: Path) -> None:
+    """Their rates round to 0, by which nothing can be divided."""
+    import scale_simulator as simulator
+
+    training, scaling = tmp_path / "training.json", tmp_path / "scaling.json"
+    line = {
+        "arm": "ours",
+        "kind": "experts",
+        "experts": 12,
+        "rows": 48,
+        "what": "tiny",
+        "tflops": 0.0,
+        "hardware": "cpu",
+    }
+    training.write_text(json.dumps({"lines": [line]}))
+    scaling.write_text(json.dumps({"lines": [{"what": "link", "gpus": 2, "gigabytes_per_second": 0.0}]}))
+    assert simulator.measured(training, scaling)[0] == simulator.Machine()

@@ -21,6 +21,7 @@ from quietgoose.train.recipe import ExpertSettings, GateSettings, OptimizerSetti
 from quietgoose.train.stop import StopControl
 from quietgoose.train.strategy import load_strategy
 from quietgoose.train.types import Batch, StepBatch
+from quietgoose.train.verdict import Pending, Reading
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = [
@@ -30,11 +31,20 @@ pytestmark = [
 NAMES = ("ant", "bee", "cat")
 ROWS, LENGTH, VOCABULARY = 6, 256, 512
 STEPS = 8
-SYNCHRONIZE = torch.cuda.synchronize
+WAITS = ((torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize"))
+OWN = [getattr(owner, name) for owner, name in WAITS]
 
 
-def waits(*args: object) -> None:
-    raise AssertionError("torch.cuda.synchronize within a step")
+def forbid_waits(forbidden: bool) -> None:
+    """No wait that PyTorch makes by itself (its debug mode sees those) nor one that is asked for outright (that it lets pass,
+    as the one of DeepSpeed's communication logger)."""
+    torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
+    for (owner, name), own in zip(WAITS, OWN):
+
+        def refuse(*given: object, where: str = f"{owner.__name__}.{name}", **more: object) -> None:
+            raise AssertionError(f"{where} within a step")
+
+        setattr(owner, name, refuse if forbidden else own)
 
 
 def make_model(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
@@ -54,14 +64,14 @@ class Data:
     micro_count = 2
 
     def __init__(self, silent: range = range(0)) -> None:
-        self.silent = silent
+        self.silent, self.newest = silent, -1
 
     def step(self, step: int) -> StepBatch:
+        self.newest = step
         if step in (self.silent.start, self.silent.stop):
-            SYNCHRONIZE()
-            begin = step == self.silent.start and len(self.silent) > 0
-            torch.cuda.set_sync_debug_mode("error" if begin else "default")
-            torch.cuda.synchronize = waits if begin else SYNCHRONIZE  # the debug mode lets an outright wait pass
+            forbid_waits(False)
+            torch.cuda.synchronize()
+            forbid_waits(step in self.silent)
         g = torch.Generator().manual_seed(step)
         tokens = torch.randint(3, VOCABULARY, (2, ROWS, LENGTH), generator=g)
         labels = torch.randint(3, VOCABULARY, tokens.shape, generator=g)
@@ -83,8 +93,7 @@ class Data:
         return StepBatch(step, micro, count, tokens.numel())
 
     def close(self) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize = SYNCHRONIZE
+        forbid_waits(False)
 
 
 class Again(Data):
@@ -143,13 +152,43 @@ def run(tmp_path: Path, job, strategy: str, data: Data, steps: int = STEPS) -> t
         engine.destroy()
 
 
+@pytest.mark.parametrize("wait", [
+    lambda: torch.cuda.synchronize(), lambda: torch.cuda.current_stream().synchronize(), lambda: torch.cuda.Event().synchronize(),
+    lambda: torch.ones(1, device="cuda").item(),
+])  # fmt: skip
+def test_every_wait_is_seen(wait) -> None:
+    forbid_waits(True)
+    try:
+        with pytest.raises((AssertionError, RuntimeError)):
+            wait()
+    finally:
+        forbid_waits(False)
+    wait()
+
+
 @pytest.mark.parametrize("kind", ["experts", "gates"])
 @pytest.mark.parametrize("compile_", ["off", "layers", "graph"])
 @pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2"])
-def test_no_step_waits_for_the_device(tmp_path: Path, kind: str, compile_: str, strategy: str) -> None:
+def test_no_step_waits_for_the_device(monkeypatch, tmp_path: Path, kind: str, compile_: str, strategy: str) -> None:
     torch._dynamo.reset()
     job = make_job(kind, RowTrainSettings(compile=compile_), strategy)
-    reports, _ = run(tmp_path, job, strategy, Data(silent=range(3, STEPS - 1)))
+    data, read, waited = Data(silent=range(3, STEPS - 1)), Pending.read, []
+
+    def reads(pending: Pending, layout: object) -> Reading:
+        """The one wait that is meant: for a step's verdict, when the next step has been given to the device."""
+        silent = data.newest in data.silent
+        if silent and pending.reading is None:
+            assert pending.step < data.newest, "the verdict of the newest step: the device has nothing left to do"
+            waited.append(pending.step)
+        try:
+            torch.cuda.Event.synchronize = OWN[2]
+            return read(pending, layout)
+        finally:
+            forbid_waits(silent)
+
+    monkeypatch.setattr(Pending, "read", reads)
+    reports, _ = run(tmp_path, job, strategy, data)
+    assert waited == list(range(2, STEPS - 2))
     assert all(math.isfinite(loss) for loss in reports.losses)
     assert reports.losses[-1] != reports.losses[0]
 

@@ -100,6 +100,23 @@ def test_collectives_are_timed_only_if_asked() -> None:
         assert DeepSpeedCommsConfig(merged).comms_logger_enabled is expected
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_that_deepspeed_measures_is_on(name: str) -> None:
+    """As DeepSpeed itself reads what it is given: its loggers, timers and profilers wait for the device."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    read = DeepSpeedConfig(merge(load_strategy(name), micro_rows=1, micro_count=1, world_size=1, trainable=1000))
+    on = {
+        "comms_logger": read.comms_config.comms_logger_enabled, "wall_clock_breakdown": read.wall_clock_breakdown,
+        "memory_breakdown": read.memory_breakdown, "flops_profiler": read.flops_profiler_config.enabled,
+        "dump_state": read.dump_state, "throughput": read.timers_config.enabled, "waits": read.timers_config.synchronized,
+        "monitors": read.monitor_config.enabled, "autotuning": read.autotuning_config.enabled,
+        "data_efficiency": read.data_efficiency_enabled,
+    }  # fmt: skip
+    assert [what for what, value in on.items() if value] == []
+    assert read.steps_per_print > 10**8
+
+
 def test_one_process_overlaps_nothing() -> None:
     alone = merge(load_strategy("zero2"), micro_rows=2, micro_count=3, world_size=1, trainable=10**6)
     assert not alone["zero_optimization"]["overlap_comm"]
