@@ -64,19 +64,23 @@ def _require_contiguous(name: str, group: PackedArena | Tail | SaliencyBuffers |
             raise UnsupportedShape(f"{name}.{field.name} with strides {tensor.stride()}: it must be contiguous")
 
 
-def _parts(high: PackedArena, low: PackedArena, lines: int, tails: int, tuning: Tuning, device: torch.device) -> int:
-    """Programs of the arenas per (row, KV head): all run beside each other, no more of them than there can be tiles.
+def _most_parts(lines: int, tails: int, tuning: Tuning, device: torch.device) -> int:
+    """Programs of the arenas per (row, KV head), however much is stored: all run beside each other.
 
     One program too many would wait for a place and double the time: rounded down, and with room for `tails` programs
     of the tail (short ones, so they get a quarter of the places at most).
     """
     places = tuning.programs_per_multiprocessor * _multiprocessors(device) // lines
-    wanted = max(places - tails, places * 3 // 4)
+    return max(2, min(max(places - tails, places * 3 // 4), MAX_PARTS))
+
+
+def _parts(high: PackedArena, low: PackedArena, most: int, tuning: Tuning) -> int:
+    """No more programs than there can be tiles."""
     tiles = 0
     for arena in (high, low):
         tile = tuning.plain_tile if arena.bits == 16 else tuning.tile
         tiles += arena.block_capacity * (128 // tile)
-    return max(2, min(wanted, tiles, MAX_PARTS))
+    return max(2, min(most, tiles))
 
 
 def cached_attention(
@@ -141,6 +145,7 @@ class _Plan:
     tail_parts: int
     arena_parts: int
     parts: int  # of both kinds
+    chunks: int  # of the reduction; does not depend on what is stored: a longer cache needs no other kernel
 
 
 def _plan(query: Tensor, high: PackedArena, low: PackedArena, tail: Tail | None, share: int, tuning: Tuning) -> _Plan:
@@ -151,10 +156,12 @@ def _plan(query: Tensor, high: PackedArena, low: PackedArena, tail: Tail | None,
     row_tiles = -(-rows // row_tile)
     width = 0 if tail is None else tail.key.shape[2]
     tail_parts = -(-width // kernels.TAIL_TILE.value)
-    arena_parts = _parts(high, low, lines * row_tiles, share * tail_parts, tuning, query.device)
+    most = _most_parts(lines * row_tiles, share * tail_parts, tuning, query.device)
+    arena_parts = _parts(high, low, most, tuning)
     parts = arena_parts + share * tail_parts
+    chunks = -(-(most + share * tail_parts) // reduction.CHUNK.value)
     return _Plan(
-        kv_heads, group, share, lines, rows, row_tile, row_tiles, width, tail_parts, arena_parts, parts
+        kv_heads, group, share, lines, rows, row_tile, row_tiles, width, tail_parts, arena_parts, parts, chunks
     )  # fmt: skip
 
 
@@ -190,7 +197,7 @@ def _reduce(
         scores, tail_tensors[2], tail_tensors[3], plan.width, sums[1], sums[2],
         plan.kv_heads, length, plan.rows, plan.parts, max(slot_tiles, 1),
         HEAD_DIM=head_dim, GROUP=plan.group, GROUP_PADDED=1 << (plan.group - 1).bit_length(),
-        CHUNKS=-(-plan.parts // reduction.CHUNK.value), SALIENCY=pending > 0, PENDING=max(pending, 1),
+        CHUNKS=plan.chunks, SALIENCY=pending > 0, PENDING=max(pending, 1),
         num_warps=4,
     )  # fmt: skip
     return out, lse

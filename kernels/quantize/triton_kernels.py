@@ -20,7 +20,7 @@ from torch import Tensor
 from . import reference
 from .layout import BLOCK, BitTables, PackedArena
 from .rounding import KeyRounding
-from .triton_place import place
+from .triton_place import SHARES, place
 from .triton_rounding import packed_planes, rounded_codes
 
 LIMIT, HEADROOM = tl.constexpr(reference.LIMIT), tl.constexpr(reference.HEADROOM)
@@ -72,10 +72,17 @@ def _update_table(p_start, p_blocks, p_plan, num_entries, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _channel(p_channel, p_peak, largest, begins, count, i_channel, SHARES: tl.constexpr, D: tl.constexpr):
+def _load_peaks(p_peak, shares, i_channel, SHARES: tl.constexpr, D: tl.constexpr):
+    """Largest |value| of some channels over the shares of the new tokens."""
+    i_share = tl.arange(0, SHARES)[:, None]
+    return tl.max(tl.load(p_peak + i_share * D + i_channel[None, :], mask=i_share < shares, other=0.0), 0)
+
+
+@triton.jit
+def _channel(p_channel, p_peak, shares, largest, begins, count, i_channel, SHARES: tl.constexpr, D: tl.constexpr):
     """c of some channels: reference.channel_scales of the new tokens where the row begins, else as it is stored."""
     if begins:
-        peak = tl.max(tl.load(p_peak + tl.arange(0, SHARES)[:, None] * D + i_channel[None, :]), 0)
+        peak = _load_peaks(p_peak, shares, i_channel, SHARES, D)
         counted = tl.where(peak > 0, tl.minimum(2 * count, KNOWN), tl.minimum(2 * count, UNKNOWN))
         wide = tl.broadcast_to(largest, peak.shape)
         peak = tl.maximum(peak, tl.div_rn(wide, counted.to(tl.float32)))
@@ -86,14 +93,18 @@ def _channel(p_channel, p_peak, largest, begins, count, i_channel, SHARES: tl.co
     return channel
 
 
-@triton.jit
+# as PLACE_SIZES; the slots of a cache are multiples of 16 anyway
+PACK_SIZES = ["n", "shares", "high_capacity", "high_block_capacity", "low_capacity", "low_block_capacity"]
+
+
+@triton.jit(do_not_specialize=PACK_SIZES)
 def _pack(
     p_key, p_value, p_source, p_plan, p_peak, p_order, p_step,
     p_high_key, p_high_value, p_high_scale, p_high_min, p_high_key_scale, p_high_key_min, p_high_channel,
     p_high_start, p_high_blocks,
     p_low_key, p_low_value, p_low_scale, p_low_min, p_low_key_scale, p_low_key_min, p_low_channel,
     p_low_start, p_low_blocks,
-    n, heads, high_capacity, high_block_capacity, low_capacity, low_block_capacity,
+    n, heads, shares, high_capacity, high_block_capacity, low_capacity, low_block_capacity,
     k_row, k_head, k_token, v_row, v_head, v_token,
     HIGH_BITS: tl.constexpr, LOW_BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -115,7 +126,7 @@ def _pack(
             _update_table(p_low_start + row * low_entries, p_low_blocks + row, p_plan + row * 6 + 3, low_entries, BLOCK)
     if tl.program_id(2) < 2:
         _pack_block(
-            p_keys, p_values, p_source + program * n, p_plan + row * 6, p_peak + program * SHARES * D,
+            p_keys, p_values, p_source + program * n, p_plan + row * 6, p_peak + program * shares * D, shares,
             p_order + o_order, p_step + o_order * D,
             p_high_key, p_high_value, p_high_scale, p_high_min, p_high_key_scale, p_high_key_min,
             p_high_channel + program * D,
@@ -125,7 +136,7 @@ def _pack(
     else:
         low = tl.num_programs(0) + program
         _pack_block(
-            p_keys, p_values, p_source + low * n, p_plan + row * 6 + 3, p_peak + low * SHARES * D,
+            p_keys, p_values, p_source + low * n, p_plan + row * 6 + 3, p_peak + low * shares * D, shares,
             p_order + o_order, p_step + o_order * D,
             p_low_key, p_low_value, p_low_scale, p_low_min, p_low_key_scale, p_low_key_min,
             p_low_channel + program * D,
@@ -136,7 +147,7 @@ def _pack(
 
 @triton.jit
 def _pack_block(
-    p_keys, p_values, p_source, p_plan, p_peak, p_order, p_step,
+    p_keys, p_values, p_source, p_plan, p_peak, shares, p_order, p_step,
     p_key_codes, p_value_codes, p_value_scale, p_value_min, p_key_scale, p_key_min, p_channel,
     o_slot, o_block, k_token, v_token, values,
     BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, ROUNDED: tl.constexpr,
@@ -156,7 +167,7 @@ def _pack_block(
                 _copy(p_token, p_value_codes, slot, m_new, D)
             else:
                 _pack_values(
-                    p_token, p_value_codes, p_value_scale, p_value_min, p_channel, p_peak, slot, m_new,
+                    p_token, p_value_codes, p_value_scale, p_value_min, p_channel, p_peak, shares, slot, m_new,
                     blocks == 0, block == 0, count, BITS, D, SHARES,
                 )  # fmt: skip
         else:
@@ -227,7 +238,7 @@ def _normalised(p_token, channel, i_channel, m_new, BITS: tl.constexpr):
 
 @triton.jit
 def _pack_values(
-    p_token, p_codes, p_scale, p_min, p_channel, p_peak, slot, m_new, begins, keeps, count,
+    p_token, p_codes, p_scale, p_min, p_channel, p_peak, shares, slot, m_new, begins, keeps, count,
     BITS: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Two passes over the block: the token's range over all channels, then codes plane by plane (from cache).
@@ -239,8 +250,8 @@ def _pack_values(
     i_all = tl.arange(0, D)
     largest = 0.0
     if begins:
-        largest = tl.max(tl.max(tl.load(p_peak + tl.arange(0, SHARES)[:, None] * D + i_all[None, :]), 0), 0)
-    channel = _channel(p_channel, p_peak, largest, begins, count, i_all, SHARES, D)
+        largest = tl.max(_load_peaks(p_peak, shares, i_all, SHARES, D), 0)
+    channel = _channel(p_channel, p_peak, shares, largest, begins, count, i_all, SHARES, D)
     if begins & keeps:
         tl.store(p_channel + i_all, channel.to(tl.float16))
     y = _normalised(p_token, channel, i_all, m_new, BITS)
@@ -252,7 +263,7 @@ def _pack_values(
     packed = tl.zeros((m_new.shape[0], WIDTH), dtype=tl.int32)
     for plane in tl.static_range(PLANES):
         i_plane = plane * WIDTH + i_channel
-        channel = _channel(p_channel, p_peak, largest, begins, count, i_plane, SHARES, D)
+        channel = _channel(p_channel, p_peak, shares, largest, begins, count, i_plane, SHARES, D)
         y = _normalised(p_token, channel, i_plane, m_new, BITS)
         packed |= _codes(y, minimum[:, None], scale[:, None], BITS) << (plane * BITS)
     tl.store(p_codes + slot[:, None] * WIDTH + i_channel[None, :], packed.to(tl.uint8), mask=m_new[:, None])
@@ -283,9 +294,9 @@ def append_ranked(
         placed.plan if rounding is None else rounding.order_BKD.contiguous(),
         placed.peak if rounding is None else rounding.step_BKDD.contiguous(),
         *_of(high), *_of(low),
-        n, heads, high.capacity, high.block_capacity, low.capacity, low.block_capacity,
+        n, heads, placed.peak.shape[3], high.capacity, high.block_capacity, low.capacity, low.block_capacity,
         *key.stride()[:3], *value.stride()[:3],
-        HIGH_BITS=high.bits, LOW_BITS=low.bits, D=width, BLOCK=BLOCK, SHARES=placed.peak.shape[3],
+        HIGH_BITS=high.bits, LOW_BITS=low.bits, D=width, BLOCK=BLOCK, SHARES=SHARES,
         ROUNDED=rounding is not None, num_warps=8,
     )  # fmt: skip
 

@@ -18,15 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..saliency.triton_select import chunk_of, cutoff, taken_at, warps_of
+from ..saliency.triton_select import CHUNK, cutoff, taken_at
 from ..sizes import power_of_two
 from .layout import BLOCK, BitTables, PackedArena
 
 PLAN = 3  # per row and arena: slots in use, blocks in use, tokens to add
-FEW = 1024  # tokens whose peaks `_place` finds itself
+FEW = tl.constexpr(1024)  # tokens whose peaks `_place` finds itself
 _SHARE = 512  # tokens of a `_peaks` program, about
-_SHARES = 16  # at most: every program of `_pack` reads them all
+_PEAK_CHUNK = 64  # tokens at a time
+SHARES = 16  # at most: every program of `_pack` reads them all
 ALL_OR_NONE, GIVEN, BY_SCORE = 0, 1, 2
+
+# what differs from prompt to prompt and grows with the cache: one compiled kernel for all of it. Only addresses of single
+# tokens, bytes and blocks follow from these numbers, so no load is wider for knowing that 16 divides them.
+PLACE_SIZES = ["n", "column", "c_row", "c_head", "s_row", "m_row", "salient_bytes", "valid_bytes"]
+PLACE_SIZES += ["high_entries", "low_entries", "high_capacity", "low_capacity"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def _store_peak(p_token, p_source, begin, end, p_peak, v_token, D: tl.constexpr,
     tl.store(p_peak + i_channel, peak)
 
 
-@triton.jit(do_not_specialize=["column"])
+@triton.jit(do_not_specialize=PLACE_SIZES)
 def _place(
     p_choice, p_stored, p_valid, p_value, p_source, p_plan, p_peak, p_salient_bits, p_valid_bits,
     p_high_start, p_high_blocks, p_low_start, p_low_blocks,
@@ -136,18 +142,18 @@ def _place(
     tl.debug_barrier()  # the peaks are read through the lists that other threads have written
     p_token = p_value + row * v_row + head * v_head
     if HIGH_PEAKS:  # noqa: SIM102 (known when compiled)
-        if high_blocks == 0:
+        if (high_blocks == 0) & (n <= FEW):
             _store_peak(p_token, p_high_source, 0, num_high, p_peak + program * D, v_token, D, PEAK_CHUNK)
     if LOW_PEAKS:  # noqa: SIM102
-        if low_blocks == 0:
+        if (low_blocks == 0) & (n <= FEW):
             p_low_peak = p_peak + (tl.num_programs(0) + program) * D
             _store_peak(p_token, p_low_source, 0, num_low, p_low_peak, v_token, D, PEAK_CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "shares"])
 def _peaks(
-    p_value, p_source, p_plan, p_peak, n, heads, v_row, v_head, v_token,
-    HIGH: tl.constexpr, LOW: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, CHUNK: tl.constexpr,
+    p_value, p_source, p_plan, p_peak, n, heads, v_row, v_head, v_token, shares,
+    HIGH: tl.constexpr, LOW: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One share of the tokens of one (row, head, arena); nothing where the arena has no scales or the row has blocks."""
     program = tl.program_id(0).to(tl.int64)
@@ -159,11 +165,11 @@ def _peaks(
     wanted = (HIGH & (arena == 0)) | (LOW & (arena == 1))
     if wanted & (tl.load(p_row + 1) == 0):
         list_of = arena * tl.num_programs(0) + program
-        size = tl.cdiv(count, SHARES)
+        size = tl.cdiv(count, shares)
         begin = share * size
         _store_peak(
             p_value + row * v_row + (program % heads) * v_head, p_source + list_of * n, begin,
-            tl.minimum(begin + size, count), p_peak + (list_of * SHARES + share) * D, v_token, D, CHUNK,
+            tl.minimum(begin + size, count), p_peak + (list_of * shares + share) * D, v_token, D, CHUNK,
         )  # fmt: skip
 
 
@@ -174,7 +180,7 @@ def place(
     """Choice, slots, tables and peaks of n new tokens. value [B,Hk,n,D] with stride 1; see append_ranked for the others."""
     batch, heads, n, width = value.shape
     device = value.device
-    shares = 1 if n <= FEW else min(_SHARES, power_of_two(-(-n // _SHARE)))
+    shares = 1 if n <= FEW.value else min(SHARES, power_of_two(-(-n // _SHARE)))
     made = Placement(
         torch.empty(2, batch, heads, n, dtype=torch.int32, device=device),
         torch.empty(batch, 2, PLAN, dtype=torch.int32, device=device),
@@ -185,7 +191,6 @@ def place(
     choice = stored if choice is None else choice
     noted = BitTables(stored, stored, 0) if tables is None else tables
     valid = stored if tables is None else _bytes(valid)
-    chunk, peak_chunk = chunk_of(n + noted.column % 8), min(64, power_of_two(n, 16))
     peaks = (high.bits != 16, low.bits != 16)
     _place[(batch * heads,)](
         choice, stored, valid, value, made.source, made.plan, made.peak, noted.salient, noted.valid,
@@ -193,13 +198,13 @@ def place(
         n, heads, noted.column, round(ratio * 1_000_000), choice.stride(0), choice.stride(1) if choice.dim() == 3 else 0,
         stored.stride(0), valid.stride(0), *value.stride()[:3], noted.salient.shape[-1], noted.valid.shape[-1],
         high.block_start.shape[1], low.block_start.shape[1], high.capacity, low.capacity,
-        CHOICE=how, TABLES=tables is not None, HIGH_PEAKS=peaks[0] and n <= FEW, LOW_PEAKS=peaks[1] and n <= FEW,
-        D=width, BLOCK=BLOCK, CHUNK=chunk, PEAK_CHUNK=peak_chunk, num_warps=warps_of(chunk),
+        CHOICE=how, TABLES=tables is not None, HIGH_PEAKS=peaks[0], LOW_PEAKS=peaks[1],
+        D=width, BLOCK=BLOCK, CHUNK=CHUNK, PEAK_CHUNK=_PEAK_CHUNK, num_warps=8,
     )  # fmt: skip
-    if n > FEW and any(peaks):
+    if n > FEW.value and any(peaks):
         _peaks[(batch * heads, 2, shares)](
-            value, made.source, made.plan, made.peak, n, heads, *value.stride()[:3],
-            HIGH=peaks[0], LOW=peaks[1], D=width, SHARES=shares, CHUNK=peak_chunk, num_warps=8,
+            value, made.source, made.plan, made.peak, n, heads, *value.stride()[:3], shares,
+            HIGH=peaks[0], LOW=peaks[1], D=width, CHUNK=_PEAK_CHUNK, num_warps=8,
         )  # fmt: skip
     return made
 

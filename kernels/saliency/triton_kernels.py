@@ -26,6 +26,9 @@ from .probes import SaliencyMode
 
 _LOG2_E = math.log2(math.e)
 _BY_NOTHING, _BY_PROBES, _BY_GIVEN = 0, 1, 2
+# differ from prompt to prompt: one compiled kernel for all. Keys and queries are read along channels, where nothing of
+# the width of a load follows from them.
+SIZES = ["n", "num_probes", "num_tiles"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def _probe_rows(
     return b_query, position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _probe_lse(
     p_query, p_key, p_probes, p_valid, p_first, p_length, p_lse,
     scale, n, num_probes, heads, num_tiles,
@@ -114,7 +117,7 @@ def _probe_lse(
     tl.store(p_lse + program * num_rows + i_row, lse, mask=i_row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _column_sums(
     p_query, p_key, p_probes, p_valid, p_first, p_divisor, p_lse, p_out,
     scale, n, num_probes, heads, num_tiles,

@@ -18,9 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..sizes import power_of_two
-
-CHUNK = 4096  # tokens that a program handles at a time, at most
+CHUNK = 1024  # tokens that a program handles at a time, whatever there are: one compiled kernel for all prompts
 
 
 @triton.jit
@@ -85,7 +83,7 @@ def taken_at(p_saliency, p_valid, p_forced, i_token, threshold, left, n, FORCED:
     return taken, left - tl.sum(tied, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _select(
     p_saliency, p_valid, p_forced, p_out, millionths, n, heads, FORCED: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
@@ -102,23 +100,14 @@ def _select(
         tl.store(p_out + program * n + i_token, taken.to(tl.uint8), mask=i_token < n)
 
 
-def chunk_of(tokens: int) -> int:
-    """Tokens at a time, a power of two of at least 16."""
-    return min(CHUNK, power_of_two(tokens, 16))
-
-
-def warps_of(chunk: int) -> int:
-    return 4 if chunk <= 512 else 8
-
-
 def select_salient(saliency: Tensor, valid: Tensor, ratio: float, forced: Tensor | None) -> Tensor:
     """See `quietgoose.kernels.saliency.select_salient`; arguments are checked there."""
     batch, heads, n = saliency.shape
     out = torch.empty(batch, heads, n, dtype=torch.uint8, device=saliency.device)
     if out.numel():
-        mask, chunk = valid.contiguous().view(torch.uint8), chunk_of(n)
+        mask = valid.contiguous().view(torch.uint8)
         _select[(batch * heads,)](
             saliency.contiguous(), mask, mask if forced is None else forced.contiguous().view(torch.uint8), out,
-            round(ratio * 1_000_000), n, heads, FORCED=forced is not None, CHUNK=chunk, num_warps=warps_of(chunk),
+            round(ratio * 1_000_000), n, heads, FORCED=forced is not None, CHUNK=CHUNK, num_warps=8,
         )  # fmt: skip
     return out.view(torch.bool)
