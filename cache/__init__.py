@@ -4,7 +4,7 @@
 
 policy.py says what is kept at which precision, state.py holds one layer's packed tokens and tail without knowing any
 model, hf.py plugs it into transformers, decode.py captures a decode step. Importing this package imports no
-transformers: `ZipCache` and `compile_decode` are loaded when first asked for.
+transformers: what needs it (`_LAZY`) is loaded when first asked for.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from .state import LayerState
 
 if TYPE_CHECKING:
     from .decode import compile_decode
+    from .decode_sampling import Sampling
+    from .decode_static import StaticKV
     from .hf import ZipCache
+    from .sensitivity import layer_sensitivity, sensitive_layers
 
-__all__ = ["PRESETS", "Bytes", "LayerState", "Policy", "ZipCache", "compile_decode", "resolve_policy"]
+__all__ = ["PRESETS", "Bytes", "LayerState", "Policy", "Sampling", "StaticKV", "ZipCache", "compile_decode",
+           "layer_sensitivity", "resolve_policy", "sensitive_layers"]  # fmt: skip
 
-_LAZY = {"ZipCache": "hf", "compile_decode": "decode"}
+_LAZY = {"ZipCache": "hf", "compile_decode": "decode", "Sampling": "decode_sampling", "StaticKV": "decode_static",
+         "sensitive_layers": "sensitivity", "layer_sensitivity": "sensitivity"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..base.errors import RecipeError
 from .decode_fuse import Fuse, fused_forward
-from .decode_linear import join_projections, restore_linears, stream_linears
+from .decode_linear import came_apart, join_projections, restore_linears, stream_linears
 from .decode_sampling import Sampling, choose
 from .decode_static import StaticKV
 from .decode_step import Decodable, check_model, decoding
@@ -44,6 +44,7 @@ class CompiledDecode:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._signature: Hashable = None
         self._warm = 0
+        self._weights: tuple[int, ...] = ()  # where the captured step reads them
         self._mask: Tensor | None = None  # bool [B, columns] while a column is padding
         self._token = self._position = self._logits = torch.empty(0, device=self.device)
 
@@ -55,8 +56,11 @@ class CompiledDecode:
 
         attention_mask [B,n] (1 = token) belongs to these columns; columns of earlier calls keep theirs.
         """
+        _check_input(input_ids, attention_mask)
         rows, count = input_ids.shape
         columns = self.cache.get_seq_length()
+        if self._mask is None and columns:
+            self._mask = self._stored_padding()
         if self._mask is None and attention_mask is not None:
             self._mask = torch.ones(rows, columns, dtype=torch.bool, device=self.device)
         if self._mask is not None:
@@ -77,6 +81,7 @@ class CompiledDecode:
 
     def resume(self, rows: int, position: Tensor | int) -> None:
         """Go on from a cache that was filled elsewhere (restored, forked): tokens each row has, int64 [rows] or int."""
+        self._check_weights()
         self._make_buffers(rows)
         self._position.copy_(torch.as_tensor(position, device=self.device).reshape(-1, 1))
         self._check_capture()
@@ -124,7 +129,8 @@ class CompiledDecode:
     ) -> Tensor:
         """input_ids [B,n] and up to max_new_tokens more: int64 [B, n + new]; a row after its end holds pad.
 
-        `keep_cache=True` continues: input_ids is the whole conversation, its first columns being those in the cache.
+        `keep_cache=True` continues: input_ids is the whole conversation, its first columns being those in the cache;
+        attention_mask may not hide a token among them (CFG-049): a step sees all that is stored.
         The host looks at the device every `stop_every` tokens only (and never when eos_token_id is None).
         """
         if max_new_tokens < 1 or stop_every < 1:
@@ -132,6 +138,7 @@ class CompiledDecode:
                 f"generate: max_new_tokens is {max_new_tokens}, stop_every {stop_every}; both must be at least 1",
                 code="CFG-047",
             )
+        _check_input(input_ids, attention_mask)
         if not keep_cache:
             self.reset()
         start = self.cache.get_seq_length()
@@ -143,7 +150,7 @@ class CompiledDecode:
             )
         fresh = None if attention_mask is None else attention_mask[:, start:]
         if start and attention_mask is not None:
-            self._mask = attention_mask[:, :start].to(self.device, torch.bool)
+            self._mask = self._kept_mask(attention_mask[:, :start].to(self.device, torch.bool))
         ends = self._ends(eos_token_id)
         pad = self._pad(pad_token_id, ends)
         logits = self.prefill(input_ids[:, start:], fresh)
@@ -160,9 +167,37 @@ class CompiledDecode:
             if last or (ends is not None and (index + 1) % stop_every == 0 and bool(finished.all())):
                 break
             logits = self.step(token)
-        return torch.cat([input_ids.to(self.device), _without_tail(made[:, : index + 1], ends)], 1)
+        out = torch.cat([input_ids.to(self.device), _without_tail(made[:, : index + 1], ends)], 1)
+        self._drop(self.cache.get_seq_length() - (out.shape[1] - 1))  # the last token of all is not stored either
+        return out
 
     # inside ----------------------------------------------------------------------------------------------------
+
+    def _drop(self, columns: int) -> None:
+        """Take back steps made before the host saw that all rows had ended: what is stored is what is returned."""
+        assert self._target is not None
+        if columns > 0:
+            self._target.drop(columns)
+            self._position.sub_(columns)
+            self._check_capture()
+
+    def _stored_padding(self) -> Tensor | None:
+        """The mask of a cache that was filled elsewhere (by generate, restored), if any of its columns is padding."""
+        stored = as_decodable(self.cache).valid_columns()
+        return None if stored is None or bool(stored.all()) else stored
+
+    def _kept_mask(self, mask: Tensor) -> Tensor:
+        """The mask of the columns in the cache, if it hides none that a step would see."""
+        stored = as_decodable(self.cache).valid_columns()
+        hidden = ~mask if stored is None else stored & ~mask
+        if bool(hidden.any()):
+            raise RecipeError(
+                f"generate(keep_cache=True): attention_mask hides {int(hidden.sum())} columns that are in the cache as "
+                "tokens, for example the padding after an answer that ended early; a step sees all that is stored. Use "
+                "model.generate with the cache, or keep_cache=False",
+                code="CFG-049",
+            )
+        return mask
 
     def _columns_mask(self, columns: int) -> Tensor:
         """The mask widened to the columns that steps have added since."""
@@ -175,6 +210,18 @@ class CompiledDecode:
             self._position = torch.zeros_like(self._token)
             self._graph, self._warm = None, 0
         self._target = as_decodable(self.cache)
+
+    def _check_weights(self) -> None:
+        """A step reads weights where they lay when it was captured: capture it anew when they lie elsewhere."""
+        if came_apart(self._changed):
+            raise RecipeError(
+                "compile_decode: weights of the model were replaced, cast or moved since; call close() before such a change "
+                "and compile_decode again after it",
+                code="CFG-047",
+            )
+        found = tuple(weight.data_ptr() for weight in self.model.parameters())
+        if found != self._weights:
+            self._weights, self._graph, self._warm = found, None, 0
 
     def _check_capture(self) -> None:
         """Drop the captured step if it no longer fits the cache (storage moved, another path)."""
@@ -211,6 +258,11 @@ class CompiledDecode:
             asked = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         if asked is None:
             return None
+        if isinstance(asked, str):
+            raise RecipeError(
+                f"generate: eos_token_id is {asked!r}; it must be 'model', a token's number, several, or None",
+                code="CFG-047",
+            )
         return torch.tensor([asked] if isinstance(asked, int) else list(asked), device=self.device)
 
     def _pad(self, asked: int | None, ends: Tensor | None) -> int:
@@ -220,6 +272,16 @@ class CompiledDecode:
         if asked is None:
             asked = 0 if ends is None else int(ends[0])
         return asked
+
+
+def _check_input(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+        seen = "none" if attention_mask is None else str(tuple(attention_mask.shape))
+        raise RecipeError(
+            f"compile_decode: input_ids {tuple(input_ids.shape)}, attention_mask {seen}; needed are two of one shape "
+            "(rows, columns), 1 for a token and 0 for padding, or no mask",
+            code="CFG-047",
+        )
 
 
 def _without_tail(made: Tensor, ends: Tensor | None) -> Tensor:
@@ -249,8 +311,9 @@ def compile_decode(
     stream: bool = False,
     tune: bool = False,
 ) -> CompiledDecode:
-    """The captured decode step of `model` with `cache` (a ZipCache or a StaticKV; None: ZipCache of `capacity`).
+    """The captured decode step of `model` with `cache` (a ZipCache or a StaticKV; None: a ZipCache of `capacity`).
 
+    Without a capacity the ZipCache grows; each time it does (by half) the step is captured anew.
     fuse   "model" (one compiled graph), "layer" (one compiled layer, seconds instead of a minute), "none" or False
            (the model's own launches, captured: for whatever the compiler refuses)
     join   multiply q, k, v and gate, up at once in the compiled step (weights become views of one storage)
@@ -259,13 +322,15 @@ def compile_decode(
     Raises RecipeError for sliding windows shorter than the capacity and attention the step does not know.
     """
     if cache is None:
-        if capacity is None:
-            raise RecipeError("compile_decode: pass a cache, or capacity (tokens) for a ZipCache", code="CFG-047")
         from .hf import ZipCache
 
         cache = ZipCache(model.config, capacity=capacity)
-    held = capacity or getattr(cache, "capacity", None)
-    check_model(model, held or 0)
+    held = getattr(cache, "capacity", None)
+    if capacity is not None and held is not None and capacity != held:
+        raise RecipeError(
+            f"compile_decode: capacity is {capacity}, the cache's own is {held}; give one", code="CFG-047"
+        )
+    check_model(model, held or capacity or 0)
     if isinstance(fuse, bool):
         fuse = "model" if fuse else "none"
     return CompiledDecode(model, cache, fuse=fuse, join=join, stream=stream, tune=tune)

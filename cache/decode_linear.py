@@ -132,6 +132,16 @@ def _join(group: list[Any]) -> list[nn.Linear]:
     return group
 
 
+def came_apart(changed: list[nn.Linear]) -> bool:
+    """Whether a joined linear was given another weight since (assigned, cast, moved), which the joined one does not have."""
+    for linear in changed:
+        if isinstance(linear, JoinedLinear):
+            row = linear.in_features * linear.weight.element_size()
+            if linear.weight.data_ptr() != linear.joined.weight.data_ptr() + linear.first * row:
+                return True
+    return False
+
+
 def restore_linears(changed: list[nn.Linear]) -> None:
     """Undo join_projections and stream_linears: plain linears, each with its own storage again."""
     with torch.no_grad():

@@ -19,6 +19,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, kinds in (("temperature", (int, float)), ("top_k", int), ("top_p", (int, float))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                wanted = "an integer" if kinds is int else "a number"
+                raise RecipeError(f"sampling: {name} is {value!r}; it must be {wanted}", code="CFG-046")
         if not self.temperature >= 0:
             raise RecipeError(f"sampling: temperature is {self.temperature}; it must be 0 or more", code="CFG-046")
         if self.top_k < 0:

@@ -97,8 +97,8 @@ class StaticKV(Cache):
     """
 
     def __init__(self, config: Any, *, capacity: int, kernel: StaticKernel = "auto") -> None:
-        if capacity < 1:
-            raise RecipeError(f"StaticKV: capacity is {capacity}; it must be at least 1 token", code="CFG-043")
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+            raise RecipeError(f"StaticKV: capacity is {capacity!r}; it must be at least 1 token", code="CFG-043")
         text = config.get_text_config(decoder=True)
         self.capacity, self.kernel = capacity, kernel
         self.num_layers: int = text.num_hidden_layers
@@ -203,6 +203,17 @@ class StaticKV(Cache):
             layer.columns += 1
         if self.valid is not None:
             self.valid = torch.nn.functional.pad(self.valid, (0, 1), value=True)
+
+    def drop(self, columns: int) -> None:
+        assert self.lengths is not None
+        self.lengths.sub_(columns)
+        for layer in self.kv_layers:
+            layer.columns -= columns
+        if self.valid is not None:
+            self.valid = self.valid[:, : self.get_seq_length()]
+
+    def valid_columns(self) -> Tensor | None:
+        return self.valid
 
     def signature(self) -> Hashable:
         held = [t for layer in self.kv_layers if layer.is_initialized for t in layer.stored]

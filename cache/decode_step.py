@@ -43,6 +43,13 @@ class Decodable(Protocol):
     def after_step(self) -> None:
         """Host mirrors after a step; a replay runs no Python, so this is where they advance."""
 
+    def drop(self, columns: int) -> None:
+        """Forget the last `columns` columns, all of them made by steps; between steps."""
+
+    def valid_columns(self) -> Tensor | None:
+        """bool [B, columns]: the columns that a step sees, tokens and not padding; None where all are."""
+        ...
+
     def signature(self) -> Hashable:
         """Addresses of every tensor a step touches, and whatever else its launches depend on; when it changes, the
         step is captured again."""

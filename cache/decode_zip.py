@@ -29,6 +29,19 @@ class ZipDecodable:
                 "full-attention layer of a ZipCache that has seen a prompt; for other models use model.generate",
                 code="CFG-048",
             )
+        if any(layer.waiting for layer in cache.layers):
+            raise RecipeError(
+                "compile_decode: the keys of the last forward never reached the cache: make it as ZipCache(model.config), with "
+                "the very config of the model, or call cache.reset() after an interrupted forward",
+                code="CFG-066",
+            )
+        if any(layer.hidden or layer.blind for layer in cache.layers):
+            raise RecipeError(
+                "compile_decode: this cache holds columns that its model does not see (a later attention_mask hid them, or "
+                "they were stored under another attention without a mask); a step sees all. Use model.generate, or "
+                "cache.reset() and start again",
+                code="CFG-049",
+            )
         self.states: list[Any] = states
         self.num_layers = len(states)
 
@@ -48,6 +61,13 @@ class ZipDecodable:
     def after_step(self) -> None:
         for state in self.states:
             state.advance(1)
+
+    def drop(self, columns: int) -> None:
+        for state in self.states:
+            state.crop(columns)
+
+    def valid_columns(self) -> Tensor | None:
+        return self.states[0].valid_columns()
 
     def signature(self) -> Hashable:
         addresses = tuple(t.data_ptr() for state in self.states for t in state.static_tensors())

@@ -41,7 +41,7 @@ class ZipCache(Cache):
     config    the model's own config object (composite ones: the text part is taken)
     policy    a Policy, the name of a preset (default, paper, quality, small, lossless), or a mapping of settings
     capacity  tokens, for static storage (CUDA graphs); None: storage grows
-    offload   every layer goes to the CPU after its attention and comes back for the next
+    offload   every packed layer goes to the CPU after its attention and comes back for the next; sliding windows stay
 
     Raises RecipeError for encoder-decoder models, attention implementations we cannot stand in front of and layer
     types that mix attention with other states; EnvironmentProblem for a transformers older than 5.17.
@@ -75,6 +75,12 @@ class ZipCache(Cache):
                     "sliding-window and linear-attention layers to transformers; use a DynamicCache",
                     code="CFG-071",
                 )
+        beyond = [index for index in self.policy.sixteen_bit_layers if index >= len(layers)]
+        if beyond:
+            raise RecipeError(
+                f"cache policy: sixteen_bit_layers names {beyond}; this model's layers are 0 to {len(layers) - 1}",
+                code="CFG-050",
+            )
         if not any(isinstance(layer, ZipLayer) for layer in layers):
             warn_once(
                 "nothing to pack",
@@ -84,6 +90,18 @@ class ZipCache(Cache):
         switch(text)
         super().__init__(layers=layers)
         self._shared = shared
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers calls it, a layer at a time (hf_layer.py); refuses a model of more layers."""
+        if layer_idx >= len(self.layers):
+            raise RecipeError(
+                f"layer {layer_idx} of the model with a ZipCache of {len(self.layers)} layers: make it as "
+                "ZipCache(model.config), with the very config of the model",
+                code="CFG-068",
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def zip_layers(self) -> list[ZipLayer]:
@@ -116,15 +134,14 @@ class ZipCache(Cache):
         return made
 
     def to(self, device: torch.device | str) -> ZipCache:
-        """Move everything stored; the next forward brings each layer back to the device of its keys."""
+        """Move everything stored; the next forward brings packed layers back to the device of their keys, `to` the others."""
         for layer in self.layers:
             if isinstance(layer, ZipLayer):
                 if layer.state is not None:
                     layer.state.to(device)
-            elif getattr(layer, "is_initialized", False):
-                for name, value in list(vars(layer).items()):
-                    if isinstance(value, Tensor):
-                        setattr(layer, name, value.to(device))
+            else:
+                for holder, name, value in _tensors_of(layer):
+                    holder[name] = value.to(device)
         return self
 
     def save(self, path: str | Path) -> Path:
@@ -173,8 +190,13 @@ class ZipCache(Cache):
 
 
 def _stock_bytes(layer: Any) -> int:
-    kept = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return sum(x.numel() * x.element_size() for x in kept if x is not None)
+    return sum(x.numel() * x.element_size() for _, _, x in _tensors_of(layer))
+
+
+def _tensors_of(layer: Any) -> list[tuple[dict[Any, Any], Any, Tensor]]:
+    """(where it is held, under which name, tensor) of a layer of transformers; states of linear attention lie in dicts."""
+    holders = [vars(layer), *(held for held in vars(layer).values() if isinstance(held, dict))]
+    return [(holder, name, held) for holder in holders for name, held in holder.items() if isinstance(held, Tensor)]
 
 
 def _check_version() -> None:

@@ -141,14 +141,21 @@ def zip_attention(
     if layer is None:
         _refuse_lost_handle(module, attention_mask)
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if kwargs.get("output_attentions"):
-        raise RecipeError(
-            "output_attentions=True: attention over a ZipCache has no weight matrix to return; use a DynamicCache with "
-            'model.set_attn_implementation("eager")',
-            code="CFG-062",
-        )
+    layer = cast("ZipLayer", layer)
+    length = layer.get_seq_length()
     extras = {name: found for name, found in kwargs.items() if found is not None}
-    return cast("ZipLayer", layer).attend(module, query, key, value, attention_mask, scaling, extras), None
+    try:
+        if extras.get("output_attentions"):
+            raise RecipeError(
+                "output_attentions=True: attention over a ZipCache has no weight matrix to return; use a DynamicCache "
+                'with model.set_attn_implementation("eager")',
+                code="CFG-062",
+            )
+        return layer.attend(module, query, key, value, attention_mask, scaling, extras), None
+    except RecipeError:
+        if layer.layer_index == 0 and layer.get_seq_length() == length:
+            layer.waiting = False  # refused before any layer stored anything: the cache is what it was
+        raise
 
 
 def stock_attention(

@@ -94,7 +94,7 @@ def tail_bytes(window: TailWindow) -> Bytes:
 
 def _bytes_per(tensor: Tensor) -> int:
     """Bytes of one slot or block: heads and channels of [B, Hk, C, ...]."""
-    return tensor[0, :, 0].numel() * tensor.element_size()
+    return tensor.shape[1] * tensor.shape[3:].numel() * tensor.element_size()
 
 
 def _storage(tensors: Iterable[Tensor]) -> int:

@@ -259,9 +259,13 @@ class LayerState:
 
     @stateful
     def select(self, index: Tensor) -> None:
-        """Row i becomes row index[i] (int64 [n], any n): beams, finished rows. Rows of a fork become independent."""
+        """Row i becomes row index[i] (int64 [n], any n): beams, finished rows. Rows of a fork become independent.
+
+        A bool [B] keeps the rows where it is true, as it does with a tensor.
+        """
         self._may_change("select")
-        index = index.to(self.device, torch.int64)
+        index = index.to(self.device)
+        index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.to(torch.int64)
         moved = bool(self.history.segments) or index.shape[0] != self.batch
         self.history.select(index)
         self.window.select(index)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -77,6 +78,15 @@ class PackedStore:
         self.salient_bits, self.valid_bits = zeros_together(
             [((batch, shape.kv_heads, width), torch.uint8), ((batch, width), torch.uint8)], device
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedStore:
+        """The same content, and nobody who reads it: forks of the original keep reading the original."""
+        made = memo[id(self)] = copy.copy(self)
+        made.readers = WeakSet()
+        for name, held in vars(self).items():
+            if name != "readers":
+                setattr(made, name, copy.deepcopy(held, memo))
+        return made
 
     @property
     def batch(self) -> int:

@@ -43,7 +43,7 @@ class Request:
     """What one prompt is to become."""
 
     kv_cache: str
-    policy: str
+    policy: str | dict[str, Any]
     max_new_tokens: int
     temperature: float
     sequences: int
@@ -74,6 +74,7 @@ def generate(
     prompts: str | None = None,
     kv_cache: KVCache = "zipcache",
     kv_policy: str = "quality",
+    kv_sixteen_bit_layers: list[int] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     num_return_sequences: int = 1,
@@ -96,6 +97,7 @@ def generate(
         prompts: a JSONL file with a prompt in every line, instead of --prompt
         kv_cache: zipcache (quantised), dynamic (16 bit, grows) or static (16 bit, allocated at once)
         kv_policy: preset of zipcache: default, paper, quality, small or lossless
+        kv_sixteen_bit_layers: layers of zipcache left at 16 bits, for example "[7,18]" (quietgoose.sensitive_layers finds them)
         max_new_tokens: new tokens of a continuation at most
         temperature: 0 is greedy
         num_return_sequences: continuations of every prompt; more than one needs a temperature
@@ -114,7 +116,13 @@ def generate(
     thinking = thinking_of(
         thoughts, think_at, thought_samples, thought_temperature, show_thoughts, thoughts_html, seed
     )  # fmt: skip
-    wanted = _checked(kv_cache, kv_policy, max_new_tokens, temperature, num_return_sequences, thinking)
+    if kv_sixteen_bit_layers and kv_cache != "zipcache":
+        raise RecipeError(
+            f"--kv-sixteen-bit-layers with --kv-cache {kv_cache}: only a zipcache has layers below 16 bits; leave it out",
+            code="CFG-080",
+        )
+    policy = {"preset": kv_policy, "sixteen_bit_layers": kv_sixteen_bit_layers} if kv_sixteen_bit_layers else kv_policy
+    wanted = _checked(kv_cache, policy, max_new_tokens, temperature, num_return_sequences, thinking)
     if not SEEDS[0] <= seed <= SEEDS[1]:
         raise RecipeError(f"--seed {seed}: {SEEDS[0]} to {SEEDS[1]}", code="CFG-080")
     texts = _read_prompts(prompt, prompts)
@@ -150,7 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _checked(
-    kv_cache: str, policy: str, new_tokens: int, temperature: float, sequences: int, thinking: Thinking | None
+    kv_cache: str,
+    policy: str | dict[str, Any],
+    new_tokens: int,
+    temperature: float,
+    sequences: int,
+    thinking: Thinking | None,
 ) -> Request:
     if new_tokens < 1:
         raise RecipeError(f"--max-new-tokens {new_tokens}: at least 1", code="CFG-080")

@@ -10,7 +10,8 @@ from typing import Any
 
 from .version import __version__
 
-__all__ = ["ThoughtGeneration", "ZipCache", "__version__", "compile_decode", "load", "load_tokenizer", "merge"]
+__all__ = ["ThoughtGeneration", "ZipCache", "__version__", "compile_decode", "load", "load_tokenizer", "merge",
+           "sensitive_layers"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +20,7 @@ def __getattr__(name: str) -> Any:
         from .train import export
 
         return getattr(export, name)
-    if name in {"ZipCache", "compile_decode"}:
+    if name in {"ZipCache", "compile_decode", "sensitive_layers"}:
         from . import cache
 
         return getattr(cache, name)

@@ -200,8 +200,12 @@ def test_bad_input_is_refused(model: LlamaForCausalLM) -> None:
         StaticKV(model.config, capacity=0)
     with pytest.raises(RecipeError, match="call prefill"):
         compile_decode(model, StaticKV(model.config, capacity=8), fuse=False).step(torch.zeros(1, dtype=torch.long))
-    with pytest.raises(RecipeError, match="pass a cache, or capacity"):
-        compile_decode(model)
+
+
+def test_without_a_cache_it_makes_a_zipcache_that_grows(model: LlamaForCausalLM) -> None:
+    made = compile_decode(model, fuse=False).generate(prompt(2, 9), max_new_tokens=12, eos_token_id=None)
+    given = compile_decode(model, zip_cache(model, {}, 64), fuse=False)
+    assert torch.equal(made, given.generate(prompt(2, 9), max_new_tokens=12, eos_token_id=None))
 
 
 def test_short_sliding_windows_are_refused() -> None:

@@ -204,6 +204,8 @@ def test_bad_policy():
         ZipCache(llama().config, "qualty")
     with pytest.raises(RecipeError, match="salient"):
         ZipCache(llama().config, {"salient": 0.5})
+    with pytest.raises(RecipeError, match=r"names \[3, 40\].*0 to 2"):
+        ZipCache(llama().config, {"sixteen_bit_layers": [0, 3, 40]})
 
 
 def test_unsupported_implementation():
@@ -231,6 +233,33 @@ def test_linear_attention_layers_stay_stock_and_indexed_ones_are_refused(monkeyp
     monkeypatch.setattr(hf, "DynamicCache", lambda config: type("Some", (), {"layers": [Indexed()]}))
     with pytest.raises(RecipeError, match="Indexed"):
         ZipCache(llama().config)
+
+
+@torch.no_grad()
+def test_linear_attention_beside_ours_is_counted_and_gives_the_stock_tokens():
+    kinds = ["linear_attention", "full_attention"] * 2
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    }
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    }
+    model = family("Qwen3NextForCausalLM", num_hidden_layers=4, layer_types=kinds, **linear, **experts)
+    ids, mask = left_padded(2, 50, [0, 6])
+    stock, ours = both(model, ids, attention_mask=mask, max_new_tokens=20)
+    assert torch.equal(stock, ours)
+    cache = ZipCache(model.config, LOSSLESS)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    assert len(cache.zip_layers) == 2
+    packed = sum(layer.state.nbytes().total for layer in cache.zip_layers)
+    states = 2 * (2 * 2 * 16 * 16 + 2 * 3 * 32 * 4) * 4  # two layers: recurrent [2,2,16,16], convolution [2,96,4], fp32
+    assert cache.nbytes().total == packed + states
 
 
 @torch.no_grad()
@@ -286,6 +315,24 @@ def test_an_interrupted_forward_is_noticed_and_reset_helps(monkeypatch):
         model(draw(1, 1), past_key_values=cache)
     cache.reset()
     model(draw(1, 20), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_refused_forward_leaves_the_cache_as_it_was():
+    """Too much for the capacity, a wrong mask, output_attentions: then the same cache goes on without a reset."""
+    model = llama()
+    cache, stock = ZipCache(model.config, LOSSLESS, capacity=100), DynamicCache(config=model.config)
+    ids, more = draw(1, 60), draw(1, 5, 1)
+    for kept in (cache, stock):
+        model(ids, past_key_values=kept)
+    with pytest.raises(RecipeError, match="capacity"):
+        model(draw(1, 80), past_key_values=cache)
+    with pytest.raises(RecipeError, match="4-D"):
+        model(more, past_key_values=cache, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
+    with pytest.raises((RecipeError, ValueError), match=r"output_attentions|eager"):
+        model(more, past_key_values=cache, output_attentions=True)
+    found = [model(more, past_key_values=kept).logits for kept in (cache, stock)]
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
 
 
 # --------------------------------------------------------------------------- parts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from quietgoose.base.errors import RecipeError
@@ -9,7 +11,7 @@ from quietgoose.cache.hf import ZipCache
 from quietgoose.cache.policy import Policy
 from transformers import DynamicCache
 
-from .hf_models import GREEDY, MIXED, QUALITY, both, codes, draw, left_padded, llama, starts_with
+from .hf_models import GREEDY, LOSSLESS, MIXED, QUALITY, both, codes, draw, left_padded, llama, starts_with
 
 POLICIES = {"mixed": MIXED, "quality": QUALITY, "4 bit": Policy(salient_ratio=1.0, flush_every=24)}
 # mean KL of the next-token distribution to the stock cache, nats; these random models are far from sharp or robust
@@ -131,6 +133,32 @@ def test_rows_and_fork(model):
     cache.batch_select_indices(torch.tensor([4, 0]))
     cache.reorder_cache(torch.tensor([1, 0]))
     model(draw(2, 30), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_rows_are_kept_by_a_mask_and_all_may_go(model):
+    cache, stock = ZipCache(model.config, LOSSLESS), DynamicCache(config=model.config)
+    for kept in (cache, stock):
+        model(draw(3, 60), past_key_values=kept)
+        kept.batch_select_indices(torch.tensor([True, False, True]))
+    found = [model(draw(2, 5, 1), past_key_values=kept).logits for kept in (cache, stock)]
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+    cache.batch_select_indices(torch.zeros(2, dtype=torch.bool))
+    assert (cache.batch_size, cache.nbytes().tokens) == (0, 0)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_forked_cache_is_free(model):
+    """The prompt that others continue is copied (transformers' way to reuse one): nobody reads the copy."""
+    cache = ZipCache(model.config, MIXED)
+    model(draw(1, 100), past_key_values=cache)
+    forked = cache.fork(2)
+    twin = copy.deepcopy(cache)
+    logits = model(draw(1, 40, 1), past_key_values=twin).logits
+    with pytest.raises(RecipeError, match="fork"):
+        model(draw(1, 40, 1), past_key_values=cache)
+    del forked
+    assert torch.equal(model(draw(1, 40, 1), past_key_values=cache).logits, logits)
 
 
 @torch.no_grad()

@@ -39,6 +39,23 @@ def answers(capsys, *arguments: object) -> list[dict]:
     return json.loads(capsys.readouterr().out)["answers"]
 
 
+def test_layers_left_at_16_bits_are_counted(folder, capsys):
+    common = (
+        "--model",
+        folder,
+        "--prompt",
+        "Once upon a time, " * 4,
+        "--max-new-tokens",
+        "4",
+        "--device",
+        "cpu",
+        "--kv-policy",
+        "small",
+    )
+    sizes = [answers(capsys, *common, *more)[0]["cache_bytes"] for more in ((), ("--kv-sixteen-bit-layers", "[1]"))]
+    assert 1.2 * sizes[0] < sizes[1]
+
+
 def test_all_caches_give_the_same_greedy_text(folder, capsys):
     common = ("--model", folder, "--prompt", "Once upon a time, " * 4, "--max-new-tokens", "20", "--device", "cpu")
     found = {
@@ -161,6 +178,8 @@ BAD = {
     "both": (["--prompt", "a", "--prompts", "b"], "exactly one"),
     "no file": (["--prompts", "/nowhere.jsonl"], "no such file"),
     "policy": (["--prompt", "a", "--kv-policy", "qualty"], "quality"),
+    "layer": (["--prompt", "a", "--kv-sixteen-bit-layers", "[9]"], "names [9]; this model's layers are 0 to 1"),
+    "layers of none": (["--prompt", "a", "--kv-cache", "dynamic", "--kv-sixteen-bit-layers", "[1]"], "only a zipcache"),
     "tokens": (["--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "greedy"),
     "greedy copies": (["--prompt", "a", "--num-return-sequences", "2"], "all the same"),
