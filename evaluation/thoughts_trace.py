@@ -51,12 +51,14 @@ class TextRows:
 
 @torch.no_grad()
 def thought_trace(
-    model: Any, tokenizer: Any, input_ids: Tensor, settings: ThoughtGeneration, *, new_from: int | None = None, label: str = ""
+    model: Any, tokenizer: Any, input_ids: Tensor, settings: ThoughtGeneration, *, new_from: int | None = None, label: str = "",
+    row: int = 0,
 ) -> ThoughtTrace:  # fmt: skip
     """Score every token but the first of one text, int64 [1, L], by a model that carries thoughts (`thought_state`).
 
     `settings`: sizes, temperature and generator of the thoughts; every token is thought about, whatever `think_at` says.
-    With several thoughts the prediction is the mean of theirs, as in generation. Raises DataError DATA-033 for L < 2.
+    With several thoughts the prediction is the mean of theirs, as in generation. `row`: of the text in the batch that generated
+    it, which names the thoughts that were drawn (base/randomness.py). Raises DataError DATA-033 for L < 2.
     """
     if input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
         raise DataError(
@@ -69,7 +71,8 @@ def thought_trace(
     tensors = PolicyTensors(state.tensors(input_ids.device))
     try:
         prefix = run_prefix(model, rows)
-        anchors = choose_anchors(config, rows, seed=0, step=0, one_document=True)
+        row_ids = torch.tensor([row], device=input_ids.device)
+        anchors = choose_anchors(config, rows, seed=0, step=0, row_ids=row_ids, one_document=True)
         thoughts = rollout(
             policy, tensors, prefix, rows, anchors, config, settings.generator, greedy=settings.temperature == 0,
             at_once=ANCHORS_AT_ONCE,

@@ -107,13 +107,13 @@ def add_traces(
     """Score every continuation with its prompt, for the page."""
     from quietgoose.evaluation.thoughts_trace import thought_trace
 
-    for number, row_L in enumerate(sequences_BL, 1):
+    for row, row_L in enumerate(sequences_BL):
         new = row_L[prompt_length:].tolist()
         end = new.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in new else len(new)
         text = row_L[None, : prompt_length + end]
-        heading = label if len(sequences_BL) == 1 else f"{label}, continuation {number}"
+        heading = label if len(sequences_BL) == 1 else f"{label}, continuation {row + 1}"
         thinking.traces.append(
-            thought_trace(model, tokenizer, text, thinking.fresh(), new_from=prompt_length, label=heading)
+            thought_trace(model, tokenizer, text, thinking.fresh(), new_from=prompt_length, label=heading, row=row)
         )
 
 

@@ -13,6 +13,7 @@ costs T + 1 forwards and leaves no entry in the cache. START and END are no voca
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
@@ -20,7 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from ..base.errors import RecipeError
 from ..base.settings import known_settings
@@ -177,11 +183,25 @@ def _generate(self: Any, *inputs: Any, thoughts: Any = None, **options: Any) -> 
     state: ThoughtState = self.thought_state
     state.check()
     inputs = tuple(_there(value, self.device) for value in inputs)
-    options = {name: _there(value, self.device) for name, value in options.items()}
+    options = _stopping({name: _there(value, self.device) for name, value in options.items()})
     restore(self)  # a training pass or scoring may have left its attention there, which a ZipCache does not know
     # transformers hands a decoding method neither the streamer nor what it was not asked for by name
     decode = partial(_decode, state=state, settings=settings, streamer=options.get("streamer"))
     return plain(self, *inputs, custom_generate=decode, **options)
+
+
+def _stopping(options: dict[str, Any]) -> dict[str, Any]:
+    """With stop strings as a stopping criterion: transformers loses the tokenizer on its way to a decoding method."""
+    config = options.get("generation_config")
+    strings = options.get("stop_strings") or getattr(config, "stop_strings", None)
+    if not strings or options.get("tokenizer") is None:
+        return options  # transformers says what is missing
+    found = {name: value for name, value in options.items() if name not in ("stop_strings", "tokenizer")}
+    if config is not None:
+        found["generation_config"] = deepcopy(config)
+        found["generation_config"].stop_strings = None
+    wanted = StopStringCriteria(options["tokenizer"], strings)
+    return found | {"stopping_criteria": StoppingCriteriaList([*(options.get("stopping_criteria") or ()), wanted])}
 
 
 def _there(value: Any, device: torch.device) -> Any:

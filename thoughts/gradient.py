@@ -64,6 +64,7 @@ def thought_loss(
     graphs: RolloutGraphs | None = None,
     measure_gap: bool = False,
     choices: Choices | None = None,
+    thoughts: Thoughts | None = None,
 ) -> ThoughtLoss:
     """sum over TERMS of weights_M * sum of the term, with the whole gradient behind one backward.
 
@@ -78,6 +79,7 @@ def thought_loss(
 
     choices        records the experts that sites choose: how many of the first chunk's choices differ between rollout and
                    gradient pass is measured then, by two branch passes more (flips.py); None: not
+    thoughts       what was sampled before, and where; None: it is sampled here
 
     Without gradients outside (no_grad, inference_mode) only the numbers are made. Raises QuietGooseError THT-002 for a
     model that drops out, THT-004 for one that checkpoints activations while `bind` replaces its adapters, THT-006 for one in
@@ -95,15 +97,18 @@ def thought_loss(
     if not config.thinks:
         sums_M = torch.cat([base.detach().view(1), base.new_zeros(len(TERMS) - 1)])
         return ThoughtLoss(weights_M[0] * base, sums_M, stats.empty(base.device))
-    anchors = choose_anchors(
-        config, rows, seed=stream.seed, step=stream.step, row_ids=stream.row_ids, entropy_BL=entropy_BL.detach(),
-        one_document=prefix.one_document,
-    )  # fmt: skip
-    thoughts = rollout(
-        policy, tensors, prefix, rows, anchors, config, stream.generator(), at_once=rollout_chunk, graphs=graphs
-    )
+    if thoughts is None:
+        anchors = choose_anchors(
+            config, rows, seed=stream.seed, step=stream.step, row_ids=stream.row_ids, entropy_BL=entropy_BL.detach(),
+            one_document=prefix.one_document,
+        )  # fmt: skip
+        thoughts = rollout(
+            policy, tensors, prefix, rows, anchors, config, stream.generator(), at_once=rollout_chunk, graphs=graphs
+        )
     reference_BL = base_BL.detach() if baseline_BL is None else baseline_BL
-    work = _PhaseTwo(policy, tensors, prefix, rows, thoughts, config, weights_M, reference_BL, chunk or anchors.count)
+    work = _PhaseTwo(
+        policy, tensors, prefix, rows, thoughts, config, weights_M, reference_BL, chunk or thoughts.anchors.count
+    )
     value = _TakenAtOnce.apply(work, *tensors.flat(), *prefix.flat())
     if measure_gap:
         first = thoughts.first_sample()

@@ -38,11 +38,15 @@ from .recipe import Recipe, ThoughtEvaluation, TrainSettings
 from .stages import Context, Writer
 from .stages_thoughts import fresh_parameters, put_below
 from .tasks import task_of, with_split
-from .thought_arms import GENERATING, ThinkingModel, build_thought_arms, donor_rows, fit_temperature
+from .thought_arms import ThinkingModel, build_thought_arms, donor_rows, fit_temperature
 from .thought_model import hidden_size, put_thinking, read_thinking
-from .thought_settings import thought_plan
+from .thought_settings import GENERATING, arm_applies, thought_plan
 
 NAME, GENERATED, DECILES, PAGE = "thoughts", "generated", "deciles.json", "thoughts.html"
+ANSWERS_ONLY = (
+    "The model learned to think before the tokens of answers only (thoughts.loss_on: completion). Here the tokens of the questions "
+    "are thought about and scored as well, and the means above count them."
+)
 SHOWN_TEXTS = 8
 SHOWN_SAMPLES = 3
 
@@ -105,7 +109,9 @@ def _table(
 ) -> Results:
     """Every arm on every task; with `generating` only those arms, and numeric answers are generated."""
     recipe, settings = context.recipe, context.recipe.evaluate
-    names = [name for name in settings.thoughts.arms if _applies(name, recipe, thinker)]
+    names = [
+        name for name in settings.thoughts.arms if arm_applies(name, recipe.thoughts.trainable, thinker.config.thinks)
+    ]
     names = [name for name in names if generating is None or name in generating]
     fitted = with_split(settings.thoughts.tasks, settings.thoughts.temperature_split)
     names, notes = _possible(names, tasks, fitted, settings.thoughts.temperature_split)
@@ -146,16 +152,6 @@ def _possible(
         notes.append("shuffled: left out, since all items have one prompt and there is no other thought to give them")
         kept.remove("shuffled")
     return kept, notes
-
-
-def _applies(arm: str, recipe: Recipe, thinker: ThinkingModel) -> bool:
-    """Whether an arm makes sense: a model that learned no thoughts has none to show, and where all weights trained there
-    is no way back to the base."""
-    if arm in ("base", "untrained") and recipe.thoughts.trainable == "full":
-        return False
-    if arm == "base":
-        return True
-    return thinker.config.thinks or arm in ("no_thought", "temperature")
 
 
 def _text(context: Context, base: LoadedBase) -> StepData:
@@ -206,10 +202,13 @@ def thoughts_writer(context: Context, found: ThoughtFindings, facts: Mapping[str
             write_results(found.generated, folder, f"{recipe.name}: thoughts, generated answers", facts, GENERATED)
         if found.gains is not None:
             groups = thought_deciles.deciles(found.gains, recipe.evaluate.bootstrap, recipe.seed)
-            totals = thought_deciles.totals(found.gains)
+            totals = thought_deciles.totals(
+                found.gains, recipe.evaluate.bootstrap, recipe.seed, before=recipe.thoughts.trainable != "full"
+            )
             write_json(folder / DECILES, {"deciles": thought_deciles.to_json(groups), "all": totals})
-            write_atomic(folder / f"{NAME}.md", f"{text}\n{thought_deciles.to_markdown(groups)}")
+            write_atomic(folder / f"{NAME}.md", f"{text}\n{thought_deciles.to_markdown(groups, totals)}")
         if found.traces:
-            write_thoughts_report(folder / PAGE, f"{recipe.name}: thoughts", found.traces, facts=facts)
+            notes = [ANSWERS_ONLY] if recipe.thoughts.loss_on == "completion" else []
+            write_thoughts_report(folder / PAGE, f"{recipe.name}: thoughts", found.traces, facts=facts, notes=notes)
 
     return write

@@ -27,6 +27,7 @@ from .checks import check_recipe
 from .recipe import Recipe
 from .redaction import redact
 from .safe_yaml import read_yaml
+from .thought_settings import PRESET_FIELDS
 
 OWN_OPTIONS = ("config", "print_config", "dry_run", "local_rank", "help")
 OF_ONE_VALUE = 'Parser key "value": '
@@ -71,7 +72,10 @@ def parse_command(argv: Sequence[str]) -> Command:
 
         explain(parser, Recipe)
     try:
-        namespace = parser.instantiate(parser.parse_args(settings_given))
+        found = parser.parse_args(settings_given)
+        for name in _taken_back(settings_given):
+            found.thoughts[name] = None
+        namespace = parser.instantiate(found)
     except SystemExit as stop:
         raise stop if stop.code in (0, None) else RecipeError("command line refused") from stop
     except Exception as error:
@@ -226,6 +230,16 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
             if number + 1 == len(arguments):
                 raise RecipeError("--config: give the path of a recipe, for example launch/recipes/nano_demo.yaml")
             yield Path(arguments[number + 1])
+
+
+def _taken_back(arguments: Sequence[str]) -> list[str]:
+    """Fields of `thoughts:` that files set before `thoughts.preset` was named, in a later file or on the command line: the preset
+    is laid over them, so that one option makes a recipe the preset's experiment. What is set beside it stays."""
+    layers = [{key for key, _ in _leaves(read_yaml(path), Recipe, "")} for path in _config_files(arguments)]
+    layers.append({argument.partition("=")[0].lstrip("-") for argument in arguments if argument.startswith("--")})
+    naming = [number for number, layer in enumerate(layers) if "thoughts.preset" in layer]
+    beside = set().union(*layers[naming[-1] :]) if naming else set()
+    return [name for name in PRESET_FIELDS if naming and f"thoughts.{name}" not in beside]
 
 
 def _unknown_option(argument: str) -> list[str]:

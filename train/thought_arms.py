@@ -53,9 +53,6 @@ from ..thoughts.types import Anchors, Prefix, Thoughts
 from .types import Batch
 
 CONTROLS = {"pause": "pause", "random": "random_thoughts"}
-GENERATING = ("base", "no_thought", "thought")
-"""Arms that can also generate."""
-
 TEMPERATURES = tuple(2.0 ** (step / 8) for step in range(-16, 17))
 NOT_SCORED = -1
 """Number of a leaf that is not among those scored."""

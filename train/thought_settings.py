@@ -26,6 +26,16 @@ OWN_FIELDS = (
 )  # fmt: skip
 SPLITS = ("train", "validation", "test")
 OFF_AT_ZERO = ("ratio_cap", "clip", "baseline_decay")
+PRESET_FIELDS = (
+    "temperature", "policy_temperature", "advantage", "base_weight", "mixed_weight", "beta", "head", "initial_weight",
+    *OFF_AT_ZERO,
+)  # fmt: skip
+"""What a preset is: sizes, anchors and limits are the task's. Named in a later file or on the command line, it takes back what
+earlier files set of these (train/settings.py)."""
+GENERATING = ("base", "no_thought", "thought")
+"""Arms of the table of thoughts that can also generate."""
+PLAIN = ("no_thoughts", "same_compute")
+"""Controls that think nothing."""
 
 
 def thought_plan(settings: ThoughtSettings, banned: tuple[int, ...] = ()) -> Curriculum:
@@ -37,7 +47,7 @@ def thought_plan(settings: ThoughtSettings, banned: tuple[int, ...] = ()) -> Cur
         value = getattr(settings, name)
         if value is not None:
             changes[name] = value or None
-    control = "no_thoughts" if settings.control == "same_compute" else settings.control
+    control = "no_thoughts" if settings.control in PLAIN else settings.control
     changes |= {"rollout_cache": settings.rollout_cache, "control": control, "banned": banned}
     if settings.preset != "curriculum":
         return Curriculum((1.0,), (preset(settings.preset, **changes),))
@@ -104,7 +114,13 @@ def thought_ranges(recipe: Recipe) -> list[tuple[str, float, float, float]]:
     ]
 
 
-def check_temperature_split(settings: ThoughtEvaluation) -> Iterator[tuple[str, str]]:
+def check_table(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(code, message) of tables of thoughts that would have no row, and of a misspelt split."""
+    yield from _check_arms(recipe)
+    yield from _check_temperature_split(recipe.evaluate.thoughts)
+
+
+def _check_temperature_split(settings: ThoughtEvaluation) -> Iterator[tuple[str, str]]:
     """(code, message) of a `temperature_split` that no task has and that is no usual name either: a misspelt one. That tasks
     lack a usual one is no error: the arm leaves them out (evaluate_thoughts.py)."""
     from .tasks import with_split
@@ -155,13 +171,56 @@ def check_thoughts(recipe: Recipe, context: int | None, experts: list[str]) -> I
             f"thoughts.over: routed with router.name {recipe.router.name}; thoughts need a router that an export can hold: "
             f"{', '.join(ROUTERS)}",
         )
-    if settings.trainable == "embeddings" and settings.control in ("no_thoughts", "same_compute"):
-        yield (
-            "CFG-111",
-            f"thoughts.trainable: embeddings trains nothing under control {settings.control}; set it to lora",
-        )
+    yield from _check_trains(settings)
     if settings.trainable == "full":
         yield from _check_full(recipe)
+
+
+def _check_trains(settings: ThoughtSettings) -> Iterator[tuple[str, str]]:
+    """Stages of the run whose loss has a gradient for nothing: they would pass in silence."""
+    for config in thought_plan(settings).stages:
+        base, mixed, policy, distil = config.coefficients()
+        if policy and config.samples == 1 and not config.has_entropy_bonus:
+            yield (
+                "CFG-114",
+                "thoughts.samples: 1; a thought is rewarded against the other thoughts of its anchor, so the policy term would "
+                "always be 0; set at least 2, or thoughts.control: no_policy",
+            )
+            return
+        if settings.trainable == "embeddings" and not (config.thinks and (mixed or policy)):
+            where = f"under control {settings.control}" if not config.thinks else "without the terms mixed and policy"
+            where = "in the last stage of preset curriculum" if config.distil_weight else where
+            yield "CFG-111", f"thoughts.trainable: embeddings trains nothing {where}; set it to lora"
+            return
+        if not (base or mixed or policy or distil):
+            yield (
+                "CFG-114",
+                f"thoughts.control: {settings.control} with preset {settings.preset} leaves no term of the loss, so nothing "
+                "would be trained; set thoughts.mixed_weight or thoughts.base_weight above 0, or another control",
+            )
+            return
+
+
+def arm_applies(arm: str, trainable: str, thinks: bool) -> bool:
+    """Whether a row of the table of thoughts makes sense: a model that learned no thoughts has none to show, and where all weights
+    trained there is no way back to the base."""
+    if arm in ("base", "untrained") and trainable == "full":
+        return False
+    return arm == "base" or thinks or arm in ("no_thought", "temperature")
+
+
+def _check_arms(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    settings, control = recipe.evaluate.thoughts, recipe.thoughts.control
+    arms = [arm for arm in settings.arms if arm_applies(arm, recipe.thoughts.trainable, control not in PLAIN)]
+    named = f"evaluate.thoughts.arms: {', '.join(settings.arms)}"
+    if settings.arms and not arms:
+        why = f"control {control}" if control in PLAIN else f"trainable {recipe.thoughts.trainable}"
+        yield "CFG-025", f"{named}; a run with {why} has none of these rows; add no_thought"
+    elif settings.generated and not set(arms) & set(GENERATING):
+        yield (
+            "CFG-025",
+            f"{named}; none of them generates, as evaluate.thoughts.generated needs: {', '.join(GENERATING)}",
+        )
 
 
 def _check_over(settings: ThoughtSettings, experts: list[str]) -> Iterator[tuple[str, str]]:

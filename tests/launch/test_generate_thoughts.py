@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from quietgoose.evaluation.page import visible
 from quietgoose.launch import generate as command
 from quietgoose.launch.generate import main
 from quietgoose.thoughts.config import ThoughtConfig
@@ -103,6 +104,20 @@ def test_the_page_holds_prompt_and_continuations(capsys, tmp_path, thinking_mode
         assert None not in trace["mixed"][1:]
     assert ["thought tokens", str(T)] in value["facts"]
     assert thinking_model.config._attn_implementation != "quietgoose_thoughts"
+
+
+def test_the_page_shows_the_thoughts_that_were_drawn_for_each_continuation(capsys, tmp_path):
+    page = tmp_path / "thoughts.html"
+    drawn = ["--thought-samples", "2", "--thought-temperature", "1.0", "--kv-cache", "dynamic", "--show-thoughts"]
+    said = answer(capsys, *drawn, "--temperature", "1.0", "--num-return-sequences", "2", "--thoughts-html", page)[
+        "thoughts"
+    ]
+    data = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    assert data is not None
+    traces = json.loads(data[1])["traces"]
+    for row, trace in zip(said, traces, strict=True):
+        shown = [[thought[0] for thought in sampled] for sampled in trace["thoughts"][trace["new_from"] :]]
+        assert shown == [[visible(thought["text"]) for thought in entry["thoughts"]] for entry in row[: len(shown)]]
 
 
 def test_several_prompts_one_page(capsys, tmp_path):

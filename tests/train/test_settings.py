@@ -148,6 +148,7 @@ def test_refused(recipe_file: Path, options: list[str], code: str, text: str) ->
 
 
 THINKING = ["--stages=[base,thoughts]", "--data.thoughts.path=steps:permutations-direct"]
+EVALUATED = ["--stages=[base,thoughts,evaluate]", "--evaluate.thoughts.tasks.t=steps:permutations-direct"]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,27 @@ THINKING = ["--stages=[base,thoughts]", "--data.thoughts.path=steps:permutations
         (["--thoughts.trainable=full", "--strategy=zero3"], "CFG-111", "ZeRO-3"),
         (["--thoughts.trainable=full", "--base.dtype=bfloat16"], "CFG-111", "set it to float32"),
         (["--thoughts.trainable=embeddings", "--thoughts.control=no_thoughts"], "CFG-111", "trains nothing"),
+        (
+            ["--thoughts.trainable=embeddings", "--thoughts.preset=curriculum"],
+            "CFG-111",
+            "last stage of preset curriculum",
+        ),
+        (["--thoughts.preset=rlp", "--thoughts.control=pause"], "CFG-114", "leaves no term of the loss"),
+        (["--thoughts.samples=1"], "CFG-114", "set at least 2"),
+        (
+            [*EVALUATED, "--thoughts.control=same_compute", "--evaluate.thoughts.arms=[thought, shuffled]"],
+            "CFG-025",
+            "add no_thought",
+        ),
+        (
+            [
+                *EVALUATED,
+                "--evaluate.thoughts.arms=[untrained]",
+                "--evaluate.thoughts.generated.g=steps:permutations-direct",
+            ],
+            "CFG-025",
+            "none of them generates",
+        ),
         (["--thoughts.tokens=0"], "CFG-", "thoughts.tokens is 0"),
         (["--thoughts.preset=default", "--thoughts.curriculum_sizes=[[3,1]]"], "CFG-113", "set it to curriculum"),
         (["--thoughts.preset=curriculum", "--thoughts.curriculum_sizes=[[3]]"], "CFG-113", "[tokens, lookahead]"),
@@ -223,6 +245,27 @@ def test_thoughts_of_a_recipe(recipe_file: Path) -> None:
     assert training_steps(same, 64) == -(-200 * (4 * 9 + 3 * (1 + 4 * 13)) // 3)
     assert training_steps(thinking, 64) == 200
     assert thought_plan(same).stages[0].control == "no_thoughts"
+
+
+def test_one_option_makes_a_recipe_the_experiment_of_a_preset(tmp_path: Path) -> None:
+    """Whatever the recipe says of head, weights and ratios; its sizes stay, and so does what is set beside the preset."""
+    from quietgoose.thoughts.config import PRESETS
+    from quietgoose.train.thought_settings import PRESET_FIELDS, thought_plan
+
+    recipe = ["--config", str(ROOT / "launch" / "recipes" / "thoughts_permutations.yaml"), f"--output={tmp_path}"]
+    as_it_stands = load_recipe(recipe).thoughts
+    assert (as_it_stands.head, as_it_stands.initial_weight) == ("bounded", 0.5)
+    for name, wanted in PRESETS.items():
+        config = thought_plan(load_recipe([*recipe, f"--thoughts.preset={name}"]).thoughts).stages[0]
+        assert [getattr(config, one) for one in PRESET_FIELDS] == [getattr(wanted, one) for one in PRESET_FIELDS]
+        assert (config.tokens, config.samples) == (8, 4)
+    later = tmp_path / "later.yaml"
+    later.write_text("thoughts: {preset: paper, initial_weight: 0.2}\n")
+    config = thought_plan(load_recipe([*recipe, "--config", str(later)]).thoughts).stages[0]
+    assert (config.head, config.initial_weight, config.advantage) == ("paper", 0.2, "one_sided")
+    beside = [*recipe, "--thoughts.preset=paper", "--thoughts.head=bounded", "--thoughts.initial_weight=0.3"]
+    config = thought_plan(load_recipe(beside).thoughts).stages[0]
+    assert (config.head, config.initial_weight, config.advantage) == ("bounded", 0.3, "one_sided")
 
 
 def test_every_problem_is_listed(recipe_file: Path) -> None:

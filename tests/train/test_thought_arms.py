@@ -221,10 +221,22 @@ def test_gains_by_entropy_cover_every_label_once_and_sum_up(thinker, tmp_path) -
     assert sum(group.tokens for group in groups) == labels
     assert all(a.high <= b.low + 1e-6 for a, b in itertools.pairwise(groups))
     total = sum(group.gain.value * group.tokens for group in groups) / labels
-    assert total == pytest.approx(thought_deciles.totals(gains)["gain"], abs=1e-9)
+    means = thought_deciles.totals(gains, 50, 0)
+    assert total == pytest.approx(means["gain"], abs=1e-9)
     assert np.isclose(total, (gains.base_N - gains.mixed_N).mean())
-    text = thought_deciles.to_markdown(groups)
+    text = thought_deciles.to_markdown(groups, means)
     assert text.count("\n| ") == 1 + len(groups)
+    assert thinker.top is not None
+    thinker.top.use(None)
+    without = thought_deciles.token_gains(thinker, data, "cpu")
+    np.testing.assert_allclose(gains.before_N, without.base_N, rtol=1e-5)
+    assert means["cost"][0] == pytest.approx((gains.base_N - without.base_N).mean(), abs=1e-6)
+    assert means["cost"][1] <= means["cost"][0] <= means["cost"][2]
+    assert abs(means["cost"][0]) > 1e-3
+    assert f"the stage costs {means['cost'][0]:+.3f}" in text
+    assert "Before the stage" not in thought_deciles.to_markdown(
+        groups, thought_deciles.totals(gains, 50, 0, before=False)
+    )
 
 
 def test_at_mixing_weight_0_nothing_is_gained(tmp_path) -> None:

@@ -81,6 +81,7 @@ def test_a_control_is_a_run_like_any_other(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     table = read_json(tmp_path / "run" / "stages" / "evaluate" / "result" / "thoughts.json")
     assert set(table["arms"]) == {"base", "no_thought", "temperature"}
+    assert "what was thought" not in done.stdout + done.stderr, "there is no such page"
 
 
 def test_the_dry_run_knows_what_a_step_thinks() -> None:
@@ -104,8 +105,12 @@ def test_the_dry_run_knows_what_a_step_thinks() -> None:
     assert found.frozen == sum(p.numel() for p in model.parameters())
     assert found.thoughts is not None
     assert (found.thoughts.thoughts, found.thoughts.tokens) == (2 * 40 * 4, 2 * 40 * 4 * 2)
-    assert found.thoughts.stored == 40 * 4 * 2 * (2 * 2 * 1 * 16 * 4), "one row a process: entries of K and V, fp32"
-    assert stage("--thoughts.rollout_chunk=12").thoughts.stored == 3 * 4 * 2 * (2 * 2 * 1 * 16 * 4), "3 anchors at once"
+    assert found.thoughts.memory.stored == 40 * 4 * 2 * (2 * 2 * 1 * 16 * 4), (
+        "one row a process: entries of K and V, fp32"
+    )
+    assert stage("--thoughts.rollout_chunk=12").thoughts.memory.stored == 3 * 4 * 2 * (2 * 2 * 1 * 16 * 4), (
+        "3 anchors at once"
+    )
     assert stage("--thoughts.limit=5").thoughts.thoughts == 2 * 5 * 4
     assert stage("--thoughts.trainable=embeddings").trainable == 2 * width + head
     assert stage("--thoughts.trainable=full").frozen == 0
