@@ -66,13 +66,7 @@ class Reference:
     ) -> Reference:
         """With its floors. The count is lowered to half the training or all held-out images, where those are fewer.
         DataError DATA-045 below 16."""
-        count = min(count, len(train) // 2, len(test))
-        if count < FEWEST:
-            raise DataError(
-                f"evaluate.images: {len(train)} training and {len(test)} held-out images allow {count} samples; judging "
-                f"needs {FEWEST}",
-                code="DATA-045",
-            )
+        count = judged_count(train, test, count)
         order = torch.randperm(len(train), generator=generator(0, "reference", "train"))
         held = torch.randperm(len(test), generator=generator(0, "reference", "test"))[:count]
         features_MD = _features_of(judge, train, torch.arange(len(train)))
@@ -136,6 +130,18 @@ class Reference:
             outside = torch.cat([network(part.to(self.judge.device)) for part in images_NCHW.split(PORTION)])
             found["fid"] = frechet(Moments.of(outside), moments)
         return found
+
+
+def judged_count(train: Pixels, test: Pixels, count: int) -> int:
+    """How many samples are judged: at most half the training and all held-out images. DataError DATA-045 below 16."""
+    count = min(count, len(train) // 2, len(test))
+    if count < FEWEST:
+        raise DataError(
+            f"evaluate.images: {len(train)} training and {len(test)} held-out images allow {count} samples; judging needs {FEWEST}: "
+            "set images.test or images.holdout, or leave 'evaluate' out of stages",
+            code="DATA-045",
+        )
+    return count
 
 
 def as_bytes(images_BCHW: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ def open_teacher(
         if settings.kind in TRAINED:
             vit.load_state_dict(_trained(settings, images, folder))
         module, tokens, dim, grid = vit, vit, vit.width, vit.grid
-        digest = sha256_tensors(vit.state_dict())
+        digest = sha256_json(
+            [sha256_tensors(vit.state_dict()), settings.heads]
+        )  # no weight tells how many heads there are
     module.to(device).eval().requires_grad_(False)
     wanted = grid if settings.grid is None else (settings.grid, settings.grid)
     digest = sha256_json([digest, grid, wanted])

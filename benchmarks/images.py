@@ -57,7 +57,7 @@ class Bench:
         )
         self.recipe.images.test = options.test
         if options.tiny:
-            shrink(self.recipe)
+            shrink(self.recipe, options)
         self.record: dict[str, Any] = {**about(self.device), "lines": []}
         self._sets: tuple[ImageSet, ImageSet] | None = None
 
@@ -200,10 +200,12 @@ class Bench:
         self.put(part="scoring", what="one set of samples", seconds=seconds)
 
 
-def shrink(recipe: Any) -> None:
+def shrink(recipe: Any, options: argparse.Namespace) -> None:
     """Everything small enough for a CPU."""
     few = FitSettings(steps=20, batch=32)
-    recipe.urepa.backbone.preset = "nano"
+    options.count, options.steps, options.batch = min(options.count, 64), min(options.steps, 4), min(options.batch, 32)
+    recipe.images.limit = 512
+    recipe.urepa.backbone.preset, recipe.urepa.backbone.patch = "nano", 4
     recipe.teacher = TeacherSettings(
         patch=2, width=32, layers=1, heads=1, decoder_width=32, decoder_layers=1, train=few
     )
@@ -223,7 +225,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget-seconds", type=float, default=560.0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="few images, small networks: whether it runs")
     options = parser.parse_args()
     Path(options.cache).mkdir(parents=True, exist_ok=True)
     return Bench(options).run()

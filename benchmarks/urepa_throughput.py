@@ -1,6 +1,7 @@
 """Images per second of the `urepa` stage's real training step, beside the arithmetic limit measured in the same run.
 
     python benchmarks/urepa_throughput.py [--preset tiny --rows 256] [--budget-seconds 300] [--out FILE.json]
+    python benchmarks/urepa_throughput.py --tiny        # whether it runs, on a CPU
 
 Every case is the pipeline's own step (Engine, job, optimizer, moving average, data) on random 32x32 images in bf16: without a teacher,
 with its features from a table on the device, with the teacher run at every step; eager and compiled. `limit` is what a large bf16
@@ -14,13 +15,14 @@ import argparse
 import json
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import Times, elapsed_ms, gib, matmul_limit, peak, reset_peak, time_calls
+from measure import Times, elapsed_ms, gib, matmul_limit, peak, reset_peak, time_calls, time_steps
 from quietgoose.alignment.backbone import build_backbone
 from quietgoose.alignment.model_settings import AlignSettings, BackboneSettings
 from quietgoose.alignment.samplers import sample_rows
@@ -35,6 +37,7 @@ from quietgoose.train.jobs.urepa import TeacherShape, UrepaJob
 from quietgoose.train.recipe import OptimizerSettings, TrainSettings
 from quietgoose.train.recipe_images import UrepaSettings
 from quietgoose.train.strategy import load_strategy
+from quietgoose.train.verdict import Pending
 
 CLASSES, SHAPE, SIDE = 10, (3, 32, 32), 8192
 WARM = 8
@@ -50,21 +53,24 @@ class Bench:
     """What the cases share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.device = options, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.options = options
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
         self.images = images_of(options.images)
         settings = TeacherSettings(kind="random")
         teacher = open_teacher(settings, self.images, self.device)
         assert teacher is not None
         self.teacher: Teacher = teacher
         self.teacher_flops = vit_flops(SHAPE, settings.patch, settings.width, settings.layers, settings.heads)
+        self.backbone = BackboneSettings(preset=options.preset, patch=4 if options.tiny else None)
         self.limit = matmul_limit(self.device, options.side)
 
     def settings(self, compiled: bool, aligned: bool) -> UrepaSettings:
         rows, optimizer = self.options.rows, OptimizerSettings(lr=1e-4, warmup=0.0)
         train = TrainSettings(steps=1_000_000, rows_per_expert=rows, micro_rows=rows, optimizer=optimizer)
         align = AlignSettings(weight=0.5 if aligned else 0.0)
-        backbone = BackboneSettings(preset=self.options.preset)
-        return UrepaSettings(backbone=backbone, align=align, dtype="bfloat16", compile=compiled, train=train)
+        return UrepaSettings(backbone=self.backbone, align=align, dtype="bfloat16", compile=compiled, train=train)
 
     def table(self) -> torch.Tensor:
         """The teacher's tokens of all images and their mirror images, fp16."""
@@ -103,14 +109,18 @@ class Bench:
             job.names, self.device, micro_rows=data.share.rows,
         )  # fmt: skip
         number = iter(range(1_000_000))
+        waiting: deque[Pending] = deque()
 
-        def step() -> None:
-            report = engine.step(data.step(next(number)))
-            assert not report.skipped
+        def step(keep: int = engine.lag) -> None:
+            """As the training loop: where the device decides, the host is one step ahead of it."""
+            waiting.append(engine.submit(data.step(next(number))))
+            while len(waiting) > keep:
+                assert not engine.report(waiting.popleft()).skipped
 
         warm = elapsed_ms(lambda: [step() for _ in range(WARM)], self.device)
         reset_peak(self.device)
-        times = time_calls(step, self.device, self.options.seconds)
+        times = time_steps(step, self.device, 100_000, self.options.seconds)
+        step(0)
         most = peak(self.device)
         engine.destroy()
         data.close()
@@ -126,14 +136,13 @@ class Bench:
         """Features of a batch, no training."""
         pixels = self.images.pixels(torch.arange(self.options.rows), None, self.device)
         time_calls(lambda: self.teacher.features(pixels), self.device, 0.3)
-        times = time_calls(lambda: self.teacher.features(pixels), self.device, 1.0)
+        times = time_steps(lambda: self.teacher.features(pixels), self.device, 100_000, 1.0)
         return self._rates(times, self.options.rows, self.teacher_flops)
 
     def sampling(self, compiled: bool) -> dict[str, Any]:
         """50 Euler steps without guidance, in batches of 1,000."""
         rows, sampler = self.options.sample_rows, SamplerSettings(steps=50)
-        backbone = BackboneSettings(preset=self.options.preset)
-        unet = build_backbone(backbone, SHAPE, CLASSES, 0).to(self.device).eval()
+        unet = build_backbone(self.backbone, SHAPE, CLASSES, 0).to(self.device).eval()
         velocity = velocity_of(unet, self.device, half=True, compiled=compiled)
         index_B = torch.arange(rows, device=self.device)
 
@@ -141,7 +150,7 @@ class Bench:
             sample_rows(velocity, index_B, index_B % CLASSES, SHAPE, sampler, CLASSES, 0)
 
         draw()
-        flops = 50 * unet_flops(meta_backbone(backbone, SHAPE, CLASSES), SHAPE)
+        flops = 50 * unet_flops(meta_backbone(self.backbone, SHAPE, CLASSES), SHAPE)
         return self._rates(time_calls(draw, self.device, 1.0), rows, flops)
 
     def _rates(self, times: Times, rows: int, flops: int) -> dict[str, Any]:
@@ -150,6 +159,12 @@ class Bench:
             **times.short(3), "calls": times.count, "images_per_second": round(rate), "gflop_per_image": round(flops / 1e9, 2),
             "tflop_per_second": round(rate * flops / 1e12, 1), "share_of_limit": round(rate * flops / self.limit, 3),
         }  # fmt: skip
+
+
+def shrink(options: argparse.Namespace) -> None:
+    """Everything small enough for a CPU."""
+    options.preset, options.rows, options.images, options.sample_rows = "nano", 4, 32, 4
+    options.seconds, options.side = 0.1, 256
 
 
 def main() -> None:
@@ -164,7 +179,12 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=SIDE, help="of the matrix product that sets the limit")
     parser.add_argument("--budget-seconds", type=float, default=300.0, help="no case begins later")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="few small images of everything")
     options = parser.parse_args()
+    if options.tiny:
+        shrink(options)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     initialize_distributed()
     bench = Bench(options)

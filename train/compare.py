@@ -9,7 +9,7 @@ charge the teacher's training and its features to the arms that use them. Writes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from .compare_report import write_comparison
 from .compare_settings import arm_recipe, run_names
 from .evaluate_images import evaluate_settings
 from .image_cost import run_cost, share_fills
-from .image_results import read_image_results
+from .image_results import NAME, read_image_results
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .settings import plain
 from .stages import Context, Writer
+from .unet_folder import card_of, read_card
 
 FORMAT = 1
+SCORES = f"{NAME}.json"
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t, 97.5 %, for 1 to 10 degrees of freedom."""
 PAIRED = ("jfd", "kid", "class_accuracy", "precision", "recall", "nearest_ratio", "copies", "velocity_loss")
@@ -39,10 +41,10 @@ def compare_settings(recipe: Recipe) -> Mapping[str, Any]:
     return {"runs": runs, "treatment": recipe.compare.treatment, "controls": list(recipe.compare.controls)}
 
 
-def finished(recipe: Recipe, run: str) -> bool:
-    """Whether the run's last stage is sealed with these very settings. RecipeError CFG-021 if with others."""
-    child = arm_recipe(recipe, run)
-    return RunFolder(Path(child.output)).finished("evaluate", evaluate_settings(child), verify=False)
+def has_scores(arm: Recipe) -> bool:
+    """Whether an arm's scores are sealed with these very settings and unchanged; neither its weights nor its pictures need be there
+    any more. RecipeError CFG-021 for other settings, ArtifactError EXP-001 for scores that changed."""
+    return RunFolder(Path(arm.output)).finished("evaluate", evaluate_settings(arm), files=[SCORES])
 
 
 def run_compare(context: Context) -> Writer:
@@ -50,7 +52,7 @@ def run_compare(context: Context) -> Writer:
     recipe = context.recipe
     runs = run_names(recipe)
     for number, run in enumerate(runs, start=1):
-        if distributed.on_main(lambda run=run: finished(recipe, run)):
+        if distributed.on_main(lambda run=run: has_scores(arm_recipe(recipe, run))):
             context.event("arm_found", run=run)
             continue
         context.event("arm_started", run=run)
@@ -65,18 +67,35 @@ def write_results(recipe: Recipe, folder: Path, facts: Mapping[str, Any]) -> Non
     share_fills([entry["cost"] for entry in found.values()])
     comparison = compare(found, recipe.compare.treatment, recipe.compare.controls)
     comparison["arms"] = plain(recipe.compare)["arms"]
-    write_json(folder / "compare.json", {"format": FORMAT, "facts": dict(facts), **comparison})
-    write_comparison(comparison, folder, recipe.name, facts)
+    known = runs_facts(found, facts)
+    write_json(folder / "compare.json", {"format": FORMAT, "facts": known, **comparison})
+    write_comparison(comparison, folder, recipe.name, known)
+
+
+def runs_facts(found: Mapping[str, Mapping[str, Any]], here: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runs ran on, which need not be the machine that makes their table."""
+    known = dict(here)
+    for name in ("hardware", "processes", "versions"):
+        known[name] = "; ".join(sorted({str(entry["facts"].get(name, "not recorded")) for entry in found.values()}))
+    return known | ({"table made on": here["hardware"]} if known["hardware"] != here.get("hardware") else {})
 
 
 def read_run(child: Recipe) -> dict[str, Any]:
-    """What one run found: judge, floors, its points by the first sampler, its cost. ArtifactError EXP-001 if it has no results."""
+    """What one run found: judge, floors, its points by the first sampler, its cost. ArtifactError EXP-001 if it has no results
+    or no events. Results of older runs do not describe the U-Net, its unet.json does."""
     folder = RunFolder(Path(child.output))
     results = read_image_results(folder.result("evaluate"))
-    cost = run_cost(child, folder, read_events(folder.root / "events.jsonl"))
+    card = (
+        card_of(results["unet"], folder.result("evaluate")) if "unet" in results else read_card(folder.result("urepa"))
+    )
+    events = read_events(folder.root / "events.jsonl")
+    if not events:
+        raise ArtifactError(
+            f"{folder.root / 'events.jsonl'}: no such file; the arm's cost is read from it", code="EXP-001"
+        )
     return {
         "judge": results["judge"], "floors": results["floors"], "points": results["points"], "samplers": results["samplers"],
-        "steps": child.urepa.train.steps, "cost": cost,
+        "steps": child.urepa.train.steps, "facts": results.get("facts", {}), "cost": run_cost(child, card, events),
     }  # fmt: skip
 
 
@@ -96,6 +115,7 @@ def compare(found: Mapping[str, Mapping[str, Any]], treatment: str, controls: Se
     keys = list(dict.fromkeys(_key(point) for entry in found.values() for point in entry["points"]))
     final = next(key for key in reversed(keys) if key[0] == first["steps"] and key[1:3] == ("average", sampler))
     scores = {_label(key): {arm: _scores(seeds, key) for arm, seeds in by_arm.items()} for key in keys}
+    count = curve_count(found.values(), sampler)
     differences = {
         other: {name: paired(by_arm, treatment, other, final, name) for name in PAIRED}
         for other in by_arm
@@ -105,7 +125,8 @@ def compare(found: Mapping[str, Mapping[str, Any]], treatment: str, controls: Se
         "judge": first["judge"], "floors": first["floors"], "samplers": first["samplers"], "steps": first["steps"],
         "final": _label(final), "treatment": treatment, "controls": list(controls), "scores": scores,
         "differences": differences, "costs": {arm: _mean_cost(seeds) for arm, seeds in by_arm.items()},
-        "equal": equal_cost(by_arm, treatment, (sampler, final[3])), "verdict": verdict(differences, treatment, controls),
+        "equal": equal_cost(by_arm, treatment, (sampler, count)), "equal_count": count,
+        "verdict": verdict(differences, treatment, controls),
     }  # fmt: skip
 
 
@@ -152,6 +173,15 @@ def verdict(differences: Mapping[str, Mapping[str, Any]], treatment: str, contro
     else:
         result = "loss" if "above" in words else "no gain shown"
     return {"result": result, "treatment": treatment, "against": judged}
+
+
+def curve_count(runs: Iterable[Mapping[str, Any]], sampler: str) -> int:
+    """The number of samples at which the average has most points by step; of equals the larger."""
+    steps: dict[int, set[int]] = {}
+    for point in (point for entry in runs for point in entry["points"]):
+        if (point["weights"], point["sampler"]) == ("average", sampler):
+            steps.setdefault(point["count"], set()).add(point["step"])
+    return max(steps, key=lambda count: (len(steps[count]), count))
 
 
 def equal_cost(

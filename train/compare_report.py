@@ -116,11 +116,11 @@ def cost_table(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]
             _plain(cost["teacher_seconds"], 1),
             _plain(cost["fill_seconds"], 1), _plain(cost["pflop"], 6), _plain(cost["once_pflop"], 3), *own,
         ])  # fmt: skip
-    treatment = comparison["treatment"] or "treatment"
+    treatment, count = comparison["treatment"] or "treatment", comparison["equal_count"]
     header = [
         "arm", "token cosine", "images/s", "s a step", "teacher s", "features s", "PFLOP a step", "PFLOP once",
-        f"JFD of {treatment} at its seconds",
-        f"JFD of {treatment} at its FLOPs",
+        f"JFD of {treatment} at its seconds ({count} samples)",
+        f"JFD of {treatment} at its FLOPs ({count} samples)",
     ]  # fmt: skip
     return header, rows
 

@@ -36,7 +36,7 @@ from .image_settings import ImageEvaluation
 from .recipe import Recipe
 from .stages import Context, Writer
 from .stages_images import urepa_settings
-from .unet_folder import Weights, fill, kept_steps, load_unet, read_card, step_folder
+from .unet_folder import UNetCard, Weights, fill, kept_steps, load_unet, read_card, step_folder
 
 GRID_COLUMNS = 10
 SAMPLES = "samples"
@@ -156,7 +156,7 @@ def run_evaluate(context: Context) -> Writer:
 
     def write(out: Path) -> None:
         assert panel is not None
-        results = _results(settings, panel, found, card.classes)
+        results = _results(settings, panel, found, card)
         write_image_results(results, out, recipe.name, context.facts)
         for name, images in pictures.items():
             save_png(grid_image(images, GRID_COLUMNS), out / SAMPLES / f"{name}.png")
@@ -174,9 +174,7 @@ def _chosen(samples: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
     return samples[by_class(labels_N, num_classes, GRID_COLUMNS)].clone()
 
 
-def _results(
-    settings: ImageEvaluation, panel: Panel, found: list[dict[str, Any]], classes: tuple[str, ...]
-) -> dict[str, Any]:
+def _results(settings: ImageEvaluation, panel: Panel, found: list[dict[str, Any]], card: UNetCard) -> dict[str, Any]:
     judge = panel.judge
     used = {reference.count: reference.floors for reference in panel.references.values()}
     return {
@@ -185,7 +183,8 @@ def _results(
             "accuracy": judge.accuracy, "task": judge.task, "digest": judge.digest, "dim": judge.network.dim,
             "device": judge.device.type,
         },
-        "classes": list(classes),
+        "unet": card.plain(),
+        "classes": list(card.classes),
         "order": list(settings.samplers),
         "samplers": {name: dataclasses.asdict(sampler) for name, sampler in settings.samplers.items()},
         "floors": {str(count): dict(floors) for count, floors in used.items()},

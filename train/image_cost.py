@@ -12,22 +12,19 @@ from typing import Any
 
 from ..alignment.schedules import stop_step
 from ..alignment.settings import TRAINED
-from ..base.files import read_json
 from .image_flops import BACKWARD, training_flops, vit_flops
 from .recipe import Recipe
-from .run_folder import RunFolder
-from .unet_folder import UNetCard, read_card
+from .unet_folder import UNetCard
 
 OUTLIER = 10.0
 PETA = 1e15
 LAST_STEPS = 50
 
 
-def run_cost(recipe: Recipe, folder: RunFolder, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def run_cost(recipe: Recipe, card: UNetCard, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """seconds, pflop (of a step); once_seconds, once_pflop (of the teacher); images_per_second; token_cosine (of the training's last
     steps); features (the teacher's hash) and fill_seconds (of its features, if this run computed them). pflop is null where the
     teacher's arithmetic is not known (a file, the average, latents)."""
-    card = read_card(folder.result("urepa"))
     steps = [float(e["seconds"]) for e in events if e.get("kind") == "step" and e.get("stage") == "urepa"]
     seconds = _mean_step(steps)
     served = next((e for e in reversed(events) if e.get("kind") == "teacher_features"), {})
@@ -36,7 +33,7 @@ def run_cost(recipe: Recipe, folder: RunFolder, events: Sequence[Mapping[str, An
     )
     trained = 0.0
     if recipe.teacher.kind in TRAINED:
-        trained = float(read_json(folder.result("teacher") / "teacher.json")["seconds"])
+        trained = float(next((e["seconds"] for e in reversed(events) if e.get("kind") == "teacher"), 0.0))
     unet = next((e for e in reversed(events) if e.get("kind") == "unet"), {})
     rows = int(unet.get("images", 0)) * (2 if recipe.images.flip else 1)
     pflop, once = _arithmetic(recipe, card, served, rows)

@@ -10,68 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-import weakref
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..alignment.backbone import build_backbone
 from .data.image_steps import AlignBatch
 from .jobs.urepa import TeacherShape, UrepaJob
+from .living_bytes import Shapes, peak_bytes
 from .recipe_images import UrepaSettings
-
-
-class Shapes(FakeTensorMode):
-    """Tensors without numbers; a copy of a module (the average that teaches) stays among them."""
-
-    def __deepcopy__(self, memo: Any) -> Shapes:
-        return self
-
-
-class LivingBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made while this was entered: `now` alive, and `peak`, the most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def before(self, tensors: Any) -> None:
-        """These were there before and do not count."""
-        for tensor in tensors:
-            self._known.add(tensor.untyped_storage())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        return made
-
-    def _add(self, storage: Any) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, size).atexit = False
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def peak_bytes(step: Callable[[], Any], before: Any) -> int:
-    """The most that lives at once while `step` runs; the tensors `before` do not count."""
-    with LivingBytes() as living:
-        living.before(before)
-        step()
-    return living.peak
 
 
 def step_bytes(

@@ -1,9 +1,9 @@
 """What the evaluation of an image run found, as JSON and as a table with the floors first. Called by evaluate_images.py,
 pipeline.py (console), and whoever compares runs.
 
-image_results.json: judge, samplers (and their order, since JSON files are written with sorted keys), floors (by count: train,
-test), points (step, weights, sampler, count, scores, seconds) in the order in which they were judged. The verdict's point is the
-last step's `average` by the first sampler.
+image_results.json: unet, facts (what it was measured on), judge, samplers (and their order, since JSON files are written with
+sorted keys), floors (by count: train, test), points (step, weights, sampler, count, scores, seconds) in the order in which they
+were judged. The verdict's point is the last step's `average` by the first sampler.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def table(results: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)) -
 
 def write_image_results(results: Mapping[str, Any], folder: Path, title: str, facts: Mapping[str, Any]) -> None:
     """image_results.json, .md and .csv."""
-    write_json(folder / f"{NAME}.json", _plain(results))
+    write_json(folder / f"{NAME}.json", _plain({**results, "facts": dict(facts)}))
     header, rows = table(results)
     judge = results["judge"]
     lines = [

@@ -32,6 +32,7 @@ def image_setting_ranges(recipe: Recipe) -> list[tuple[str, float, float, float]
         ("evaluate.images.subset_size", judged.subset_size, 2, 1 << 20),
         ("evaluate.images.bootstrap", judged.bootstrap, 0, 1 << 20),
         ("evaluate.images.judge.width", judged.judge.width, 1, 1 << 14),
+        *(("evaluate.images.at", step, 1, 1 << 40) for step in judged.at),
         *_fit("teacher.train", teacher.train),
         *_fit("evaluate.images.judge.train", judged.judge.train),
     ]
@@ -58,6 +59,12 @@ def check_image_settings(recipe: Recipe) -> Iterator[Problem]:
     for name, sampler in judged.samplers.items():
         safe_name(name, "sampler")
         yield from (("CFG-090", line) for line in check_sampler(sampler, f"evaluate.images.samplers.{name}"))
+        if sampler.guidance != 1.0 and recipe.urepa.label_drop == 0 and "urepa" in recipe.stages:
+            yield (
+                "CFG-090",
+                f"evaluate.images.samplers.{name}.guidance: {sampler.guidance} needs a U-Net that was trained without labels too; set "
+                "urepa.label_drop above 0 (0.1), or guidance: 1",
+            )
 
 
 def _fit(name: str, fit: FitSettings) -> list[tuple[str, float, float, float]]:

@@ -44,7 +44,8 @@ class ImageSettings:
 class ImageEvaluation:
     """How samples are judged: `count` samples against as many images, always with the floors at the same count.
 
-    at           steps at which the curve has a point, besides the last one; at_count: samples of such a point (null: count)
+    at           steps at which the curve has a point, besides the last one; steps beyond that have none
+    at_count     samples of such a point (null: count)
     samplers     the settings compared; the first is the one that verdicts use; none: `ode`, with the defaults
     raw          judge the last raw weights too, by the first sampler
     neighbours   k of precision and recall; subsets, subset_size: of the kernel distance; bootstrap: resamples of JFD's spread

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,8 @@ class RunFolder:
             )
         return self.result(name)
 
-    def finished(self, name: str, settings: Mapping[str, Any], *, verify: bool = True) -> bool:
-        """True if the stage is sealed, its settings are these and (if `verify`) every file still has its hash."""
+    def finished(self, name: str, settings: Mapping[str, Any], *, files: Collection[str] | None = None) -> bool:
+        """True if the stage is sealed, its settings are these and every file (or those in `files`) still has its hash."""
         seal = self.stage(name) / DONE
         if not seal.is_file():
             return False
@@ -61,8 +61,7 @@ class RunFolder:
                 "Set them back, or choose another output folder",
                 code="CFG-021",
             )
-        if verify:
-            _verify(self.result(name), record["files"])
+        _verify(self.result(name), record["files"], files)
         return True
 
     @contextmanager
@@ -138,9 +137,9 @@ def flush_tree(folder: Path) -> None:
     fsync_folder(folder)
 
 
-def _verify(folder: Path, files: Mapping[str, str]) -> None:
+def _verify(folder: Path, files: Mapping[str, str], only: Collection[str] | None = None) -> None:
     found = hash_tree(folder) if folder.is_dir() else {}
-    for path in sorted(set(files) | set(found)):
+    for path in sorted(set(files) | set(found) if only is None else only):
         if files.get(path) != found.get(path):
             state = "is missing" if path not in found else "is new" if path not in files else "has changed"
             raise ArtifactError(

@@ -15,11 +15,12 @@ from typing import Any
 
 from ..alignment.backbone import build_backbone
 from ..alignment.features import serve_features
+from ..alignment.judging import judged_count
 from ..alignment.teachers import open_teacher
 from ..alignment.training import TRAINED
 from ..base.seeding import derive
 from .data.image_steps import Features, ImageSteps
-from .data.images import ImageLoader, ImageSet, cache_folder, open_images
+from .data.images import ImageLoader, ImageSet, cache_folder, open_both, open_images
 from .image_checks import draws_images
 from .jobs.urepa import TeacherShape, UrepaJob, check_job
 from .recipe import Recipe
@@ -64,6 +65,8 @@ def curve_steps(recipe: Recipe) -> list[int]:
 def run_urepa(context: Context) -> Writer:
     recipe, settings, train = context.recipe, context.recipe.urepa, context.recipe.urepa.train
     images = open_images(recipe.images, "train", context.device)
+    if "evaluate" in recipe.stages:  # before hours of what could not be judged
+        judged_count(*open_both(recipe.images, context.device), recipe.evaluate.images.count)
     taught = the_teacher(context, images)
     backbone = build_backbone(settings.backbone, images.shape, images.num_classes, derive(recipe.seed, "unet"))
     job = UrepaJob(backbone, settings, train.steps, recipe.seed, taught.shape)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..alignment.judging import judged_count
 from ..alignment.training import TRAINED, train_teacher
 from ..base import distributed
 from ..base.errors import RecipeError
@@ -41,6 +42,8 @@ def run_teacher(context: Context) -> Writer:
         )
     pixels = dataclasses.replace(recipe.images, vae=None)
     train, test = open_both(pixels, context.device)
+    if "evaluate" in recipe.stages:  # before anything is trained that could not be judged
+        judged_count(train, test, recipe.evaluate.images.count)
 
     def make() -> Path:
         return train_teacher(

@@ -84,7 +84,12 @@ def read_card(folder: Path) -> UNetCard:
     path = folder / FACTS
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file", code="EXP-001")
-    facts = dict(read_json(path))
+    return card_of(read_json(path), path)
+
+
+def card_of(plain: Mapping[str, Any], path: Path) -> UNetCard:
+    """From what `UNetCard.plain` made, read from `path`. ArtifactError EXP-004 if it is something else."""
+    facts = dict(plain)
     try:
         known = facts.pop("format")
         if known != FORMAT:

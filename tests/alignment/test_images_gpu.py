@@ -16,6 +16,7 @@ from quietgoose.alignment.samplers import sample_rows
 from quietgoose.alignment.settings import FitSettings, JudgeSettings, SamplerSettings, TeacherSettings
 from quietgoose.alignment.teachers import open_teacher
 from quietgoose.alignment.training import train_teacher
+from quietgoose.train.data.image_steps import ImageSteps
 from quietgoose.train.data.images import ImageLoader, open_images
 from quietgoose.train.image_sampling import velocity_of
 from quietgoose.train.image_settings import ImageSettings
@@ -46,6 +47,16 @@ def test_batches_are_those_of_the_cpu(tmp_path: Path) -> None:
         assert other.images_BCHW.is_cuda
         for name in ("images_BCHW", "labels_B", "index_B", "flipped_B"):
             assert torch.equal(getattr(one, name), getattr(other, name).cpu())
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_steps_are_made_ready_on_the_device(tmp_path: Path, device: str) -> None:
+    images = open_images(ImageSettings(flip=True, limit=100, cache=str(tmp_path)))
+    data = ImageSteps(ImageLoader(images, 32, 1, device=device), ["velocity"], 32)
+    made = [data.step(number) for number in range(3)]
+    data.close()
+    assert all(step.micro[0].images_BCHW.is_cuda for step in made)
+    assert torch.equal(made[2].micro[0].images_BCHW.cpu(), ImageLoader(images, 32, 1).at(2).images_BCHW)
 
 
 def test_noise_is_that_of_the_cpu_to_rounding() -> None:

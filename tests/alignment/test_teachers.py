@@ -95,6 +95,11 @@ def test_random_and_no_teacher(bars) -> None:
     assert other is not None
     assert again is not None
     assert one.digest == again.digest != other.digest
+    heads = open_teacher(
+        replace(SMALL, kind="random", heads=SMALL.heads * 2), images, CPU
+    )  # the same weights, other tokens
+    assert heads is not None
+    assert heads.digest != one.digest
     tokens = one.features(images.rows[:3])
     assert tokens.shape == (3, 16, 32)
     assert tokens.dtype == torch.float32

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from quietgoose.base.errors import ArtifactError, RecipeError
-from quietgoose.base.files import read_json
-from quietgoose.train.compare import compare, t_interval
+from quietgoose.base.files import read_json, write_json
+from quietgoose.train import pipeline
+from quietgoose.train.compare import compare, read_comparison, run_compare, t_interval
 from quietgoose.train.compare_report import markdown
 from quietgoose.train.compare_settings import arm_recipe, launch_lines, outcome_folder, run_names
+from quietgoose.train.evaluate_images import evaluate_settings
 from quietgoose.train.image_cost import share_fills
+from quietgoose.train.image_results import write_image_results
+from quietgoose.train.recipe import Recipe
+from quietgoose.train.run_folder import RunFolder
 from quietgoose.train.settings import load_recipe
+from quietgoose.train.stages_images import urepa_settings
+from quietgoose.train.unet_folder import UNetCard
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARE = ROOT / "launch/recipes/urepa_compare.yaml"
@@ -56,7 +67,7 @@ def entry(jfd: dict[int, float], seconds: float, once: float = 0.0, judge: str =
     floors = {"100": {"train": {"jfd": 1.0}, "test": {"jfd": 1.1}}}
     return {
         "judge": {"digest": judge, "accuracy": 0.9, "task": "classes"}, "floors": floors, "points": points, "samplers": {"ode": {}},
-        "steps": max(jfd), "cost": cost,
+        "steps": max(jfd), "cost": cost, "facts": {},
     }  # fmt: skip
 
 
@@ -158,6 +169,19 @@ def test_equal_time_charges_the_teacher() -> None:
     assert found["equal"]["A"]["pflop"] is None
 
 
+def test_equal_time_is_read_from_the_curve_s_own_number_of_samples() -> None:
+    """evaluate.images.at_count: the points before the last one have fewer samples, and the last one both."""
+    runs = scored([10.0], [11.0])
+    for run in runs.values():
+        last = run["points"][-1]
+        run["points"] = [{**point, "count": 50} for point in run["points"]] + [{**last, "scores": {"jfd": 1.0}}]
+    found = compare(runs, "D", ["A"])
+    assert found["final"] == "step 100, average, ode, 100 samples"
+    assert found["equal_count"] == 50
+    assert found["equal"]["A"]["seconds"] == [100.0, 11.0, pytest.approx(20.0 - 10.0 / 6.0)]
+    assert "JFD of D at its seconds (50 samples)" in markdown(found, "title", {})
+
+
 def test_features_found_on_disk_are_charged_like_computed_ones() -> None:
     costs = [
         {"features": "x", "fill_seconds": 40.0, "teacher_seconds": 5.0},
@@ -172,6 +196,112 @@ def test_runs_of_different_judges_are_not_compared() -> None:
     runs = {"D-0": entry({100: 1.0}, 1.0), "A-0": entry({100: 1.0}, 1.0, judge="k")}
     with pytest.raises(ArtifactError, match="different judges"):
         compare(runs, "D", ["A"])
+
+
+def card_for(child: Recipe) -> UNetCard:
+    teacher = "" if child.teacher.kind == "none" else "teacher"
+    return UNetCard(child.urepa.backbone, (1, 8, 8), tuple("0123456789"), "data", 4, "middle.0", teacher)
+
+
+def seal_arm(child: Recipe, jfd: float, *, card: bool = True) -> None:
+    """An arm as it is left without its weights: its scores, sealed, and its events."""
+    folder = RunFolder(Path(child.output))
+    taught = child.teacher.kind != "none"
+    found = entry({2: 2 * jfd, 4: jfd}, 0.0)
+    for point in found["points"]:
+        point |= {"count": 40, "seconds": 1.0, "scores": {"jfd": jfd, "jfd_sd": 0.1, "copies": 0.1}}
+    floor = {"jfd": 1.0, "jfd_sd": 0.1}
+    results = {
+        "format": 1, "judge": found["judge"], "classes": list("0123456789"), "order": ["ode"], "samplers": {"ode": {}},
+        "floors": {"40": {"train": floor, "test": floor}}, "points": found["points"],
+    }  # fmt: skip
+    with folder.staging("evaluate") as out:
+        write_image_results(
+            results | ({"unet": card_for(child).plain()} if card else {}), out, child.name, {"hardware": "a GPU"}
+        )
+        (out / "samples").mkdir()
+        Image.new("L", (8, 8)).save(out / "samples/00000004_average_ode.png")
+    folder.seal("evaluate", evaluate_settings(child))
+    shutil.rmtree(folder.result("evaluate") / "samples")
+    with folder.staging("urepa") as out:
+        (out / "average.safetensors").write_bytes(b"weights")
+    folder.seal("urepa", urepa_settings(child))
+    shutil.rmtree(folder.result("urepa"))
+    teacher = [
+        {"kind": "teacher", "stage": "teacher", "seconds": 7.0},
+        {"kind": "teacher_features", "source": "disk", "dim": 16, "grid": [8, 8], "fill_seconds": 2.0},
+    ]  # fmt: skip
+    events = [
+        {"kind": "unet", "images": 1600}, *(teacher if taught else []),
+        *({"kind": "step", "stage": "urepa", "step": n, "seconds": 0.5} for n in range(4)),
+    ]  # fmt: skip
+    (folder.root / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Recipe:
+    """A comparison of A-1 and D-1 of which only scores and events are left."""
+    arms = {name: SMALL["compare"]["arms"][name] for name in "AD"}
+    recipe = load_recipe(options(tmp_path, compare={**SMALL["compare"], "seeds": [1], "one_seed": [], "arms": arms}))
+    for name, jfd in (("A-1", 12.0), ("D-1", 10.0)):
+        seal_arm(arm_recipe(recipe, name), jfd)
+    return recipe
+
+
+def tabulate(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    context: Any = SimpleNamespace(
+        recipe=recipe, facts={"hardware": "a CPU"}, event=lambda *a, **k: None, progress=lambda *a: None,
+        run=lambda inner: pytest.fail(f"{inner.name} was run again"),
+    )  # fmt: skip
+    folder.mkdir()
+    run_compare(context)(folder)
+    return read_comparison(folder)
+
+
+def test_a_table_needs_scores_and_events_of_its_arms_and_no_weights(left: Recipe, tmp_path: Path) -> None:
+    found = tabulate(left, tmp_path / "table")
+    assert found["differences"]["A"]["jfd"]["mean"] == -2.0
+    assert (found["facts"]["hardware"], found["facts"]["table made on"]) == ("a GPU", "a CPU")
+    assert found["costs"]["D"]["once_seconds"] == 7.0 + 2.0
+    assert found["costs"]["A"]["once_seconds"] == 0.0
+    assert found["costs"]["D"]["seconds"] == 0.5
+    assert found["costs"]["D"]["pflop"] > found["costs"]["A"]["pflop"] > 0
+    arm = arm_recipe(left, "D-1")
+    seal_arm(arm, 10.0, card=False)  # results of an older release: unet.json says what the U-Net was
+    with pytest.raises(ArtifactError, match=r"EXP-001.*unet.json: no such file"):
+        tabulate(left, tmp_path / "older")
+    write_json(RunFolder(Path(arm.output)).result("urepa") / "unet.json", card_for(arm).plain())
+    assert tabulate(left, tmp_path / "again")["costs"] == found["costs"]
+
+
+@pytest.mark.parametrize("name", ["stages/evaluate/result/image_results.json", "events.jsonl"])
+def test_scores_that_changed_or_a_cost_that_is_gone_is_refused(left: Recipe, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run/arms/D-1" / name
+    if name == "events.jsonl":
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace("10.0", "1.0"))
+    with pytest.raises(ArtifactError, match=f"EXP-001 .*{path.name}"):
+        tabulate(left, tmp_path / "table")
+
+
+@pytest.mark.distributed
+def test_a_run_whose_scores_stand_is_found_though_its_weights_are_gone(
+    left: Recipe, tmp_path: Path, fork_server
+) -> None:
+    """As one process of several is told which runs to make: finished ones cost nothing, and none is an error."""
+    left.compare.only = ["D-1", "A-1"]
+    alone = fork_server.Process(target=pipeline.run, args=(left,))
+    alone.start()
+    alone.join(100)
+    for name in left.compare.only:
+        arm = tmp_path / "run/arms" / name
+        assert read_json(arm / "outcome.json")["state"] == "finished"
+        kinds = [read_line(line)["kind"] for line in (arm / "events.jsonl").open()]
+        assert kinds.count("arm_found") == 1
+        assert kinds.count("step") == 4
+        assert "JFD" in (arm / "report.html").read_text()
+    assert not (tmp_path / "run/stages").exists()
 
 
 def start(arguments: list[str]) -> subprocess.CompletedProcess:
@@ -215,6 +345,4 @@ def test_runs_apart_are_found_by_the_comparison(tmp_path: Path) -> None:
 
 
 def read_line(line: str) -> dict[str, Any]:
-    import json
-
     return json.loads(line)

@@ -9,13 +9,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from quietgoose.base.errors import RecipeError
+from quietgoose.base.errors import DataError, RecipeError
 from quietgoose.train.mlflow_sink import step_values
 from quietgoose.train.plan_images import make_image_plan
 from quietgoose.train.settings import load_recipe
+from quietgoose.train.stages_images import run_urepa
+from quietgoose.train.teacher_stage import run_teacher
 from quietgoose.train.unet_folder import load_unet, read_card
 from safetensors.torch import load_file
 
@@ -112,7 +116,8 @@ def test_the_dry_run_knows_sizes_without_weights() -> None:
     assert plan.backbone == 568_321
     assert plan.tap == "middle.0 (block 2 of 4, 4x4 tokens of width 64)"
     assert plan.chosen == 2
-    assert plan.memory[3] < plan.memory[0]
+    assert plan.memory[1] < plan.memory[0], "moments are divided"
+    assert plan.memory[3] > plan.memory[0], "weights and buckets of so small a model are not spared"
     without = make_image_plan(load_recipe(["--config", str(DIGITS), "--teacher.kind", "none", "--stages", "[urepa]"]))
     assert (without.projector, without.tap) == (0, "none")
     assert 0 < without.flops < plan.flops
@@ -141,3 +146,54 @@ def test_the_dry_run_knows_sizes_without_weights() -> None:
 def test_what_a_recipe_may_not_say(words: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=f"(?s){message}"):
         load_recipe(["--config", str(DIGITS), *words])
+
+
+def test_the_dry_run_knows_what_an_autoencoder_makes_of_images(tmp_path: Path) -> None:
+    """A teacher sees pixels; the U-Net sees what the folder's own configuration says."""
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    (vae / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8], "latent_channels": 16}))
+    words = ["--config", str(DIGITS), "--images.size", "32", "--images.vae", str(vae), "--teacher.patch", "4"]
+    plan = make_image_plan(load_recipe([*words, "--images.limit", "100"]))
+    assert plan.shape == (16, 8, 8)
+    assert plan.teacher.startswith("self, 8x8 tokens")
+    assert plan.images == 100
+    (vae / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"DATA-044 images.vae: .*config.json"):
+        make_image_plan(load_recipe(words))
+
+
+def test_a_curve_has_no_points_before_the_first_step() -> None:
+    with pytest.raises(RecipeError, match=r"CFG-003 evaluate.images.at: 0; allowed are 1 to"):
+        load_recipe(["--config", str(DIGITS), "--evaluate.images.at", "[30, 0]"])
+
+
+def test_guidance_needs_labels_that_are_dropped() -> None:
+    words = ["--config", str(DIGITS), "--evaluate.images.samplers", "{guided: {guidance: 1.8}}"]
+    assert load_recipe(words).evaluate.images.samplers["guided"].guidance == 1.8
+    with pytest.raises(
+        RecipeError, match=r"CFG-090 evaluate.images.samplers.guided.guidance: 1.8 needs .*urepa.label_drop"
+    ):
+        load_recipe([*words, "--urepa.label_drop", "0"])
+
+
+@pytest.mark.parametrize("stages", ["[teacher, urepa, evaluate]", "[urepa, evaluate]"])
+def test_images_too_few_to_judge_are_refused_before_anything_is_trained(tmp_path: Path, stages: str) -> None:
+    """Not after hours of training."""
+    few = [
+        "--images.limit",
+        "20",
+        "--images.cache",
+        str(tmp_path / "cache"),
+        "--output",
+        str(tmp_path / "run"),
+        "--stages",
+        stages,
+    ]
+    kind = [] if "teacher" in stages else ["--teacher.kind", "none"]
+    recipe = load_recipe(["--config", str(DIGITS), *few, *kind])
+    context: Any = SimpleNamespace(recipe=recipe, device=torch.device("cpu"))
+    first = run_teacher if "teacher" in stages else run_urepa
+    with pytest.raises(DataError, match=r"DATA-045 .*20 training and 20 held-out images allow 10 samples"):
+        first(context)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["images"]

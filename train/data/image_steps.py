@@ -85,7 +85,7 @@ class ImageSteps:
 
     @torch.no_grad()
     def _make(self, step: int) -> StepBatch:
-        if self.loader.device.type == "cuda":
+        if self.loader.device.type == "cuda" and self.loader.device.index is not None:
             torch.cuda.set_device(self.loader.device)  # of this thread
         batch = self.loader.at(step)
         wanted = self.features is not None and self._teaches(step)
