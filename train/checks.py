@@ -20,7 +20,7 @@ from .safe_yaml import read_yaml
 from .speed_checks import check_speed
 from .thought_settings import (
     ROUTED,
-    check_temperature_split,
+    check_table,
     check_thoughts,
     has_experts,
     has_thoughts,
@@ -339,7 +339,7 @@ def _evaluate_thoughts(recipe: Recipe) -> Iterator[Problem]:
         _check_source(settings.text, "evaluate.thoughts.text")
     for where, tasks in (("tasks", settings.tasks), ("generated", settings.generated)):
         yield from _task_sources(f"evaluate.thoughts.{where}", tasks, recipe.evaluate.split)
-    yield from check_temperature_split(settings)
+    yield from check_table(recipe)
 
 
 def _task_sources(where: str, tasks: Mapping[str, str], split: str) -> Iterator[Problem]:

@@ -93,7 +93,7 @@ def _run_python(code: str, extra: dict[str, str]) -> str:
 
 def _compilers() -> Iterator[Finding]:
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    advice = "install gcc and g++ (apt install build-essential); DeepSpeed's offload and torch.compile build with it"
+    advice = "install gcc and g++ (apt install build-essential); torch.compile and Triton build with it"
     yield Finding("C++ compiler", "ok" if compiler else "note", compiler or "none", "" if compiler else advice)
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     yield Finding("ninja", "ok" if ninja else "note", ninja or "none", "" if ninja else "pip install ninja")

@@ -4,8 +4,8 @@ The loss of a step is sum_e sum_E[e] / count_E[e] over all ranks and micro-batch
 world size, accumulation or ZeRO stage. Per step there is ONE collective beside DeepSpeed's: a float64 vector (verdict.py)
 with the loss sums, the squared gradient norm of every group, the caller's flags and the job's statistics. From it every
 rank decides alike whether the step is finite, how each group is clipped (clipping is per group: N experts together equal
-N separate runs), and whether somebody asked to stop. On a GPU the engine itself never waits for the device at ZeRO 0 to 2
-without offload (`submit` and `report`); ZeRO-3 and offload do, and so do thoughts, in their rollouts.
+N separate runs), and whether somebody asked to stop. On a GPU the engine never waits for the device at ZeRO 0 to 2 without
+offload; ZeRO-3, offload, DeepSpeed's `overlap_comm` among several processes (at every bucket) and rollouts of thoughts do.
 
 Called by train/loop.py; checkpoints go through train/checkpoint.py and train/state.py.
 """
@@ -239,7 +239,7 @@ class Engine:
     @property
     def _device_decides(self) -> bool:
         """Whether AdamW skips a bad step by a flag on the device, so that the host need not know."""
-        return self._fused and self.stage < 3
+        return self.stage < 3 and not strategies.offloads(self.config["zero_optimization"])
 
     @property
     def lag(self) -> int:
@@ -319,7 +319,7 @@ class Engine:
         if self.stage == 0:
             return [[p.grad for p in group["params"] if p.grad is not None] for group in self.adamw.param_groups]
         zero = self.deepspeed.optimizer
-        offloaded = self.config["zero_optimization"]["offload_optimizer"]["device"] != "none"
+        offloaded = strategies.offloads(self.config["zero_optimization"])
         if self.stage < 3:
             if offloaded:
                 zero._wait_for_offload_copies()
@@ -333,9 +333,6 @@ class Engine:
 
     def _adamw(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.AdamW:
         settings = self.optimizer_settings
-        zero = self.config["zero_optimization"]
-        offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-        self._fused = not offloaded
         adamw = torch.optim.AdamW(
             [
                 {"name": str(group["name"]), "params": list(group["params"]), "lr_scale": group.get("lr_scale", 1.0)}
@@ -345,7 +342,7 @@ class Engine:
             betas=tuple(settings.betas),  # type: ignore[arg-type]
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            fused=self._fused or None,
+            fused=True,  # on the CPU too, where offload updates: one reading of the state instead of ten
         )
         adamw.register_step_pre_hook(self._clip)
         adamw.register_step_post_hook(self._unhide)

@@ -22,7 +22,7 @@ from ..evaluation.report import Trace, read_events, write_report
 from ..evaluation.tables import arm_table, from_json, summary
 from .agreement import check_agreement, own_facts
 from .checkpoint import Checkpoints
-from .compare import read_comparison
+from .compare import has_scores, read_comparison
 from .compare_page import write_comparison_report
 from .compare_report import score_table
 from .compare_settings import arm_recipe, chosen_runs, run_names
@@ -84,7 +84,7 @@ def run(recipe: Recipe) -> int:
     code = int(ExitCode.FINISHED)
     for one in [arm_recipe(recipe, run) for run in chosen_runs(recipe)] or [recipe]:
         open_log(Path(one.output), world.rank)
-        code = _run_guarded(one, world)
+        code = _run_guarded(one, world, arm=bool(recipe.compare.only))
         if code != ExitCode.FINISHED:
             break
     if code not in (ExitCode.FINISHED, ExitCode.STOPPED_SAVED, ExitCode.STOPPED_NOT_SAVED):
@@ -93,9 +93,9 @@ def run(recipe: Recipe) -> int:
     return code
 
 
-def _run_guarded(recipe: Recipe, world: World) -> int:
+def _run_guarded(recipe: Recipe, world: World, *, arm: bool) -> int:
     folder = RunFolder(Path(recipe.output))
-    return run_guarded(folder.root, lambda: _run(recipe, folder, world))
+    return run_guarded(folder.root, lambda: _run(recipe, folder, world, arm=arm))
 
 
 def _run_within(recipe: Recipe, world: World, outer: StopControl) -> None:
@@ -115,7 +115,10 @@ def _run_within(recipe: Recipe, world: World, outer: StopControl) -> None:
         raise failed[0]
 
 
-def _run(recipe: Recipe, folder: RunFolder, world: World, outer: StopControl | None = None) -> None:
+def _run(
+    recipe: Recipe, folder: RunFolder, world: World, outer: StopControl | None = None, *, arm: bool = False
+) -> None:
+    """`arm`: a run of a comparison, of which nothing but its scores is wanted: its weights may have been deleted after them."""
     check_agreement(own_facts(recipe))
     with ExitStack() as stack:
         distributed.on_main(lambda: stack.enter_context(held(folder)))
@@ -136,8 +139,11 @@ def _run(recipe: Recipe, folder: RunFolder, world: World, outer: StopControl | N
             facts=facts(),
             run=lambda inner: _run_within(inner, world, stop),
         )
-        for name in recipe.stages:
-            _stage(STAGES[name], context, sinks, stop)
+        if arm and distributed.on_main(lambda: has_scores(recipe)):
+            sinks.event("arm_found", run=recipe.name)
+        else:
+            for name in recipe.stages:
+                _stage(STAGES[name], context, sinks, stop)
         if world.is_main:
             show_results(recipe, folder, sinks)
             report = write_run_report(recipe, folder, context.facts)
@@ -231,7 +237,8 @@ def show_results(recipe: Recipe, folder: RunFolder, sinks: Sinks) -> None:
     if (evaluated / "thoughts.json").is_file():
         results = from_json(read_json(evaluated / "thoughts.json"))
         sinks.table(f"{recipe.name}: thoughts, per cent right [95 % interval]", *arm_table(results))
-        sinks.say(f"what was thought: {evaluated / 'thoughts.html'}")
+        if (evaluated / "thoughts.html").is_file():  # a control without thoughts has none to show
+            sinks.say(f"what was thought: {evaluated / 'thoughts.html'}")
     if (evaluated / f"{IMAGE_RESULTS}.json").is_file():
         sinks.table(f"{recipe.name}: samples", *image_table(read_image_results(evaluated), SHORT))
     if not (evaluated / "results.json").is_file():
@@ -252,7 +259,7 @@ def write_run_report(recipe: Recipe, folder: RunFolder, known: Mapping[str, Any]
     if "compare" in recipe.stages:
         runs = {run: Path(arm_recipe(recipe, run).output) for run in run_names(recipe)}
         comparison = read_comparison(folder.result("compare"))
-        return write_comparison_report(folder.root, recipe.name, comparison, runs, known)
+        return write_comparison_report(folder.root, recipe.name, comparison, runs, comparison["facts"])
     if draws_images(recipe):
         return write_report_of_images(folder.root, evaluated, recipe.name, known)
     results = from_json(read_json(evaluated / "results.json")) if (evaluated / "results.json").is_file() else None

@@ -3,10 +3,11 @@ but the number of rows.
 
     deepspeed launch/train.py --config launch/recipes/smollm2_collection.yaml --dry_run
 
-Trained state per parameter: fp32 weight 4, gradient 4, AdamW's two moments 8 bytes, and under ZeRO-1 to 3 the fp32
-partition 4 that DeepSpeed keeps beside the weight. Activations without recomputation: 34 * tokens * width bytes a layer
-in 16 bit (Korthikanti et al. 2022, eq. 2 without the attention matrix, which fused attention never holds), twice that in
-fp32; with recomputation only the input of every layer. An estimate: allocator and communication buffers come on top.
+Weights, gradients, buckets and optimizer state: state_memory.py, with the settings of the stage's strategy. Activations of `base` and
+`thoughts` are found by taking a step without numbers (text_memory.py, thought_memory.py); those of experts and gates, which
+torch.compile fuses, are 34 * tokens * width bytes a layer in 16 bit (Korthikanti et al. 2022, eq. 2 without the attention matrix,
+which fused attention never holds), twice that in fp32; with recomputation only the input of every layer. An estimate: what the
+allocator cannot fit together comes on top.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from ..base.errors import DataError
 from .checks import expert_names, trains
 from .image_checks import draws_images
 from .recipe import Recipe, RowTrainSettings, TrainSettings
-from .thought_settings import BASE, rollout_anchors, thought_plan, training_steps
+from .thought_settings import BASE, thought_plan, training_steps
 
 if TYPE_CHECKING:
     from .plan_images import ImagePlan
+    from .thought_memory import ThoughtBytes
 
 ZERO_STAGES = (0, 1, 2, 3)
 ACTIVATION_BYTES = 34
@@ -34,7 +36,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One training stage. `memory` is bytes per process by ZeRO stage; `chosen` the ZeRO stage of its strategy."""
+    """One training stage. `memory` is bytes of a process's device by ZeRO stage; `chosen` the ZeRO stage of its strategy, and
+    `host` what that strategy keeps of a process in the host's memory."""
 
     name: str
     trainable: int
@@ -46,18 +49,18 @@ class StagePlan:
     memory: Mapping[int, int]
     chosen: int
     checkpoint: int
+    host: int = 0
     thoughts: ThoughtPlan | None = None
 
 
 @dataclass(frozen=True)
 class ThoughtPlan:
-    """The largest step of the `thoughts` stage: thoughts over all ranks, their tokens, and what one process keeps while it
-    samples (keys and values) and differentiates (a chunk of branches), in bytes."""
+    """The largest step of the `thoughts` stage: thoughts over all ranks, their tokens, and what one process holds of it, in bytes
+    (thought_memory.py)."""
 
     thoughts: int
     tokens: int
-    stored: int
-    chunk: int
+    memory: ThoughtBytes
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,13 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
         "experts": (adapter * len(own), parameters, len(own)),
         "gates": (GateLayout(tuple(sites)).numel * len(names), parameters + frozen_adapters, len(names)),
     }
-    config = base.model.config
     sizes["thoughts"] = (
         _thought_trainables(recipe, base.model, parameters),
         _below(recipe, parameters, frozen_adapters),
         1,
     )
     stages = tuple(
-        _stage_plan(recipe, name, train, sizes[name], config, world) for name, train in trains(recipe).items()
+        _stage_plan(recipe, name, train, sizes[name], base.model, world) for name, train in trains(recipe).items()
     )
     return Plan(base.id, parameters, len(sites), adapter, names, count_rows(recipe), stages, world)
 
@@ -125,72 +127,64 @@ def _below(recipe: Recipe, parameters: int, adapters: int) -> int:
     return parameters + (0 if recipe.thoughts.over == BASE else adapters)
 
 
-def thought_plan_of(recipe: Recipe, rows: int, rows_here: int, config: Any, bytes_each: int) -> ThoughtPlan | None:
+def thought_plan_of(recipe: Recipe, rows: int, rows_here: int, model: Any) -> ThoughtPlan | None:
     """What the largest step thinks; None for a control without thoughts. `rows` of a step, `rows_here` of a micro-batch."""
     from ..thoughts.anchors import anchors_in_row
+    from .thought_memory import thought_bytes
 
-    length = recipe.data.sequence_length
-    stages = [one for one in thought_plan(recipe.thoughts).stages if one.thinks]
+    length, plan = recipe.data.sequence_length, thought_plan(recipe.thoughts)
+    stages = [one for one in plan.stages if one.thinks]
     if not stages:
         return None
     per_row = [anchors_in_row(one, length) * one.samples for one in stages]
-    heads, width = config.num_key_value_heads, config.hidden_size
-    head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    entry = 2 * config.num_hidden_layers * heads * head_size * bytes_each
-    stored = {"exact": 1.0, "int8": 1 / bytes_each, "int4": 0.5 / bytes_each}[recipe.thoughts.rollout_cache]
-    chunks = [
-        rows_here * min(n, (recipe.thoughts.chunk or n) * one.samples) * one.branch_length
-        for n, one in zip(per_row, stages)
-    ]
-    at_once = [min(n, rollout_anchors(recipe.thoughts, one) * one.samples) for n, one in zip(per_row, stages)]
     return ThoughtPlan(
         thoughts=rows * max(per_row),
         tokens=rows * max(n * one.tokens for n, one in zip(per_row, stages)),
-        stored=int(max(rows_here * n * one.tokens for n, one in zip(at_once, stages)) * entry * stored),
-        chunk=activation_bytes(max(chunks), config.num_hidden_layers, width, bytes_each, False),
+        memory=thought_bytes(recipe, model, plan, rows_here, len(expert_names(recipe))),
     )
 
 
 def _stage_plan(
-    recipe: Recipe, name: str, train: TrainSettings, sizes: tuple[int, int, int], config: Any, world: int
+    recipe: Recipe, name: str, train: TrainSettings, sizes: tuple[int, int, int], model: Any, world: int
 ) -> StagePlan:
     from .data.loader import share_of
-    from .strategy import zero_stage
+    from .state_memory import Trained, held
+    from .strategy import load_strategy, zero_stage
 
     trainable, frozen, terms = sizes
     rows = train.rows_per_expert * terms
     share = share_of(rows, train.micro_rows, world)
-    bytes_each = 4 if name == "base" else DTYPE_BYTES[recipe.base.dtype]
-    tokens = share.rows * recipe.data.sequence_length
-    shape = (config.num_hidden_layers, config.hidden_size)
-    active = activation_bytes(tokens, *shape, bytes_each, train.activation_checkpointing)
-    steps, thoughts = train.steps, None
-    if name == "thoughts":
-        steps = training_steps(recipe.thoughts, recipe.data.sequence_length)
-        thoughts = thought_plan_of(recipe, rows, share.rows, config, bytes_each)
-        active += 0 if thoughts is None else thoughts.stored + thoughts.chunk
+    thoughts = thought_plan_of(recipe, rows, share.rows, model) if name == "thoughts" else None
+    active = _active(recipe, name, train, share.rows, model) if thoughts is None else thoughts.memory.whole
     own, sharing = trainable, world
     if isinstance(train, RowTrainSettings) and train.parallel == "expert":
         own, sharing = trainable // terms * -(-terms // world), 1
+    strategy = train.strategy or recipe.strategy
+    trained = Trained(
+        own, frozen * (4 if name == "base" else DTYPE_BYTES[recipe.base.dtype]), frozen_apart=name == "thoughts",
+        long=name in ("experts", "gates") or (name == "thoughts" and recipe.thoughts.trainable != "full"),
+        micros=share.micros, recomputed=train.activation_checkpointing,
+    )  # fmt: skip
+    chosen = zero_stage(strategy)
+    by_stage = {z: held(trained, load_strategy(strategy if z == chosen else f"zero{z}"), sharing) for z in ZERO_STAGES}
+    steps = training_steps(recipe.thoughts, recipe.data.sequence_length) if name == "thoughts" else train.steps
     return StagePlan(
         name=name, trainable=trainable, frozen=frozen, steps=steps, rows=rows, micro_batches=share.micros,
-        tokens=steps * rows * recipe.data.sequence_length,
-        memory={
-            z: state_bytes(own, frozen * bytes_each, z, sharing, name == "thoughts") + active for z in ZERO_STAGES
-        },
-        chosen=zero_stage(train.strategy or recipe.strategy), checkpoint=trainable * CHECKPOINT_BYTES, thoughts=thoughts,
+        tokens=steps * rows * recipe.data.sequence_length, memory={z: one.peak(active) for z, one in by_stage.items()},
+        chosen=chosen, checkpoint=trainable * CHECKPOINT_BYTES, host=by_stage[chosen].host, thoughts=thoughts,
     )  # fmt: skip
 
 
-def state_bytes(trainable: int, frozen_bytes: int, zero: int, world: int, undivided: bool = False) -> int:
-    """Weights, gradients and optimizer state of one process. `undivided`: every process holds
-    the frozen part whole (thoughts)."""
-    if zero == 0:
-        return frozen_bytes + 16 * trainable
-    whole = {1: 8, 2: 4, 3: 0}[zero]  # bytes a parameter that every process holds
-    shared = {1: 12, 2: 16, 3: 16}[zero]  # bytes a parameter divided over the processes
-    frozen = frozen_bytes // world if zero == 3 and not undivided else frozen_bytes
-    return frozen + whole * trainable + shared * trainable // world
+def _active(recipe: Recipe, name: str, train: TrainSettings, rows: int, model: Any) -> int:
+    """Bytes of a micro-batch of a stage that does not think."""
+    from .text_memory import base_bytes
+
+    length, config = recipe.data.sequence_length, model.config
+    if name == "base" and not train.activation_checkpointing:
+        return base_bytes(model, rows, length)
+    shape = (config.num_hidden_layers, config.hidden_size)
+    bytes_each = 4 if name == "base" else DTYPE_BYTES[recipe.base.dtype]
+    return activation_bytes(rows * length, *shape, bytes_each, train.activation_checkpointing)
 
 
 def activation_bytes(tokens: int, layers: int, width: int, bytes_each: int, recomputed: bool) -> int:
@@ -276,14 +270,19 @@ def _thought_facts(table: Any, plan: Plan, recipe: Recipe) -> None:
             "entropy": f"{one.share:.0%} by entropy",
         }
         shape = f"{one.samples} thoughts of {one.tokens} tokens, {one.lookahead} scored, anchors {where.get(one.anchors, 'every')}"
+        if one.thinks:
+            shape += f"; head {one.head} from {one.initial_weight:g}, advantage {one.advantage}, beta {one.coefficients()[2]:g}"
         name = "thoughts" if number == 1 else f"thoughts {number}"
         table.add_row(
             name, f"preset {settings.preset}{control}, over {settings.over}, trains {settings.trainable}: {shape}"
         )
     step = next((stage.thoughts for stage in plan.stages if stage.thoughts is not None), None)
     if step is not None:
-        kept = f"{size(step.stored)} of keys and values, {size(step.chunk)} for a chunk of branches a process"
-        table.add_row("a step thinks", f"{step.thoughts:,} thoughts, {step.tokens:,} tokens; {kept}")
+        table.add_row("a step thinks", f"{step.thoughts:,} thoughts, {step.tokens:,} tokens")
+        of = step.memory
+        graph = f", {size(of.pool)} reserved for captured steps" if of.pool else ""
+        kept = f"{size(of.stored)} of it keys and values of thoughts{graph}"
+        table.add_row("memory of it", f"{size(of.peak)} a process, beside weights and optimizer; {kept}")
     if "evaluate" in recipe.stages:
         table.add_row(
             "evaluate", f"{', '.join(recipe.evaluate.thoughts.arms)} on {', '.join(recipe.evaluate.thoughts.tasks)}"
@@ -311,7 +310,8 @@ def _memory(plan: Plan) -> Any:
     for zero in ZERO_STAGES:
         table.add_column(f"ZeRO-{zero}", justify="right")
     for stage in plan.stages:
-        cells = [size(stage.memory[z]) + (" *" if z == stage.chosen else "") for z in ZERO_STAGES]
+        host = f" (+ {size(stage.host)} on the host)" if stage.host else ""
+        cells = [size(stage.memory[z]) + (f" *{host}" if z == stage.chosen else "") for z in ZERO_STAGES]
         table.add_row(stage.name, *cells)
     return table
 

@@ -3,7 +3,7 @@ image decoded but the first.
 
     python launch/train.py --config launch/recipes/urepa_cifar.yaml --dry_run
 
-Memory: weights, gradients, AdamW's moments as train/plan.py, the moving average 4 bytes a parameter of the backbone (divided over the
+Memory: weights, gradients, moments as train/state_memory.py, the moving average 4 bytes a parameter of the backbone (divided over the
 processes above ZeRO-0), and the peak of a micro-batch as train/image_memory.py finds it. The teacher is not counted where its tokens
 come from elsewhere.
 """
@@ -12,21 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..alignment.taps import describe_tap, resolve_tap
+from ..base.errors import DataError
+from ..base.files import read_json
 from .compare_settings import launch_lines, run_names
 from .data.image_sources import open_source, to_array
 from .data.image_steps import image_share
 from .image_flops import meta_backbone, meta_projector, training_flops
 from .image_memory import step_bytes
 from .jobs.urepa import TeacherShape
-from .plan import CHECKPOINT_BYTES, ZERO_STAGES, size, state_bytes
+from .plan import CHECKPOINT_BYTES, ZERO_STAGES, size
 from .recipe import Recipe
-from .strategy import zero_stage
+from .state_memory import Trained, held
+from .strategy import load_strategy, zero_stage
 
 AVERAGE_BYTES = 4
-VAE_SHRINKS, VAE_CHANNELS = 8, 4
 SHOWN_GPUS = 4
 
 
@@ -55,10 +58,11 @@ class ImagePlan:
 def make_image_plan(recipe: Recipe, world: int = 1) -> ImagePlan:
     """Everything the dry run shows. Raises what opening the source and building the U-Net on the meta device raise."""
     settings, train = recipe.urepa, recipe.urepa.train
-    shape, classes, images = look(recipe)
+    pixels, classes, images = look(recipe)
+    shape = latent_shape(recipe.images.vae, pixels)
     unet = meta_backbone(settings.backbone, shape, classes)
     backbone = sum(p.numel() for p in unet.parameters())
-    dim, grid = teacher_tokens(recipe, shape, unet)
+    dim, grid = teacher_tokens(recipe, pixels, unet)
     tap, projector = "none", 0
     if recipe.teacher.kind != "none":
         tap = describe_tap(unet, resolve_tap(unet, settings.align.tap))
@@ -67,15 +71,16 @@ def make_image_plan(recipe: Recipe, world: int = 1) -> ImagePlan:
     align = settings.align if recipe.teacher.kind != "none" else None
     shown = TeacherShape(dim, grid, own=recipe.teacher.kind == "ema") if align is not None else None
     activations = step_bytes(settings, shape, classes, shown, share.rows)
-    lasting = activations + (AVERAGE_BYTES * backbone if shown is not None and shown.own else 0)
+    teaches = AVERAGE_BYTES * backbone if shown is not None and shown.own else 0
+    strategy = train.strategy or recipe.strategy
+    chosen, trained = zero_stage(strategy), Trained(backbone + projector, micros=share.micros)
+    by_stage = {z: held(trained, load_strategy(strategy if z == chosen else f"zero{z}"), world) for z in ZERO_STAGES}
     return ImagePlan(
         shape, classes, images, backbone, projector, tap, f"{recipe.teacher.kind}, {grid[0]}x{grid[1]} tokens of width {dim}",
         flops=training_flops(settings.backbone, align, shape, classes, dim, grid), steps=train.steps,
         rows=train.rows_per_expert, micro_batches=share.micros, activations=activations,
-        memory={
-            z: state_bytes(backbone + projector, 0, z, world) + average_bytes(backbone, z, world) + lasting for z in ZERO_STAGES
-        },
-        chosen=zero_stage(train.strategy or recipe.strategy),
+        memory={z: one.peak(activations) + average_bytes(backbone, z, world) + teaches for z, one in by_stage.items()},
+        chosen=chosen,
         checkpoint=(backbone + projector) * CHECKPOINT_BYTES + backbone * AVERAGE_BYTES,
     )  # fmt: skip
 
@@ -85,7 +90,7 @@ def average_bytes(backbone: int, zero: int, world: int) -> int:
 
 
 def look(recipe: Recipe) -> tuple[tuple[int, int, int], int, int]:
-    """(what the U-Net sees, classes, rows of the training split), from the first image."""
+    """(shape of the images, classes, rows of the training split), from the first image."""
     images = recipe.images
     source = open_source(images, images.source, images.split)
     assert source is not None
@@ -94,27 +99,35 @@ def look(recipe: Recipe) -> tuple[tuple[int, int, int], int, int]:
     if colour == "auto":
         colour = "grey" if first.mode in ("L", "1", "LA") or first.mode.startswith("I") else "rgb"
     channels, height, width = to_array(first, colour, images.size, "the first image").shape
-    if images.vae is not None:
-        channels, height, width = VAE_CHANNELS, height // VAE_SHRINKS, width // VAE_SHRINKS
-    return (channels, height, width), len(source.classes), len(source)
+    return (channels, height, width), len(source.classes), len(range(len(source))[: images.limit])
 
 
-def teacher_tokens(recipe: Recipe, shape: tuple[int, int, int], unet: Any) -> tuple[int, tuple[int, int]]:
-    """(width, grid) of the teacher's tokens."""
+def latent_shape(vae: str | None, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
+    """What the U-Net sees of such images. DataError DATA-044 if the autoencoder's folder does not say what it makes of them."""
+    if vae is None:
+        return pixels
+    path = Path(vae).expanduser() / "config.json"
+    try:
+        config = read_json(path)
+        shrinks = 2 ** (len(config["block_out_channels"]) - 1)  # a level halves the sides, but for the last
+        return int(config["latent_channels"]), pixels[1] // shrinks, pixels[2] // shrinks
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"images.vae: {path}: not that of an AutoencoderKL ({error})", code="DATA-044") from error
+
+
+def teacher_tokens(recipe: Recipe, pixels: tuple[int, int, int], unet: Any) -> tuple[int, tuple[int, int]]:
+    """(width, grid) of the teacher's tokens. A teacher sees images, also where the U-Net sees latents."""
     teacher = recipe.teacher
     if teacher.kind == "none":
         return 0, (0, 0)
     if teacher.kind == "ema":
         return unet.tap_shape(resolve_tap(unet, recipe.urepa.align.teacher_tap, "urepa.align.teacher_tap"))
     if teacher.kind == "file":
-        import json
-        from pathlib import Path
-
-        config = json.loads((Path(teacher.path or "").expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(teacher.path or "").expanduser() / "config.json")
         dim, side = int(config["hidden_size"]), teacher.resize // int(config["patch_size"])
         grid = (side, side)
     else:
-        dim, grid = teacher.width, (shape[1] // teacher.patch, shape[2] // teacher.patch)
+        dim, grid = teacher.width, (pixels[1] // teacher.patch, pixels[2] // teacher.patch)
     return dim, grid if teacher.grid is None else (teacher.grid, teacher.grid)
 
 

@@ -22,6 +22,7 @@ from ..base.errors import RecipeError, suggest
 FOLDER = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 STAGES = (0, 1, 2, 3)
 BUCKET_ALIGNMENT = 2**16
+OFFLOAD_DEVICES = ("cpu", "none")
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.rows_per_expert",
@@ -123,9 +124,36 @@ def check(strategy: Mapping[str, Any], where: str) -> None:
     else:
         known["zero_optimization"] = ZERO[stage]
     problems += _unknown(rest, known, "")
+    problems += _impossible_offload(rest)
     if problems:
         code = "CFG-012" if len(owned) == len(problems) else "CFG-011"
         raise RecipeError(f"strategy {where}: {'; '.join(problems)}", code=code)
+
+
+def _impossible_offload(strategy: Mapping[str, Any]) -> list[str]:
+    """Offload goes to the host's memory, whole, and AdamW there is torch's own fused one, which needs no compiler."""
+    found = []
+    zero = strategy.get("zero_optimization", {})
+    for what in ("offload_optimizer", "offload_param"):
+        settings = zero.get(what, {}) if isinstance(zero, Mapping) else {}
+        settings = settings if isinstance(settings, Mapping) else {}
+        if settings.get("device", "none") not in OFFLOAD_DEVICES:
+            found.append(
+                f"zero_optimization.{what}.device is {settings['device']!r}; allowed are {', '.join(OFFLOAD_DEVICES)} "
+                "(disks are not used: put what does not fit on more processes)"
+            )
+        if settings.get("ratio", 1.0) != 1.0:
+            found.append(
+                f"zero_optimization.{what}.ratio is {settings['ratio']!r}; the optimizer goes to the host whole: set 1.0"
+            )
+    if strategy.get("zero_force_ds_cpu_optimizer") is True:
+        found.append("zero_force_ds_cpu_optimizer is true; offload updates with torch's fused AdamW: remove it")
+    return found
+
+
+def offloads(zero: Mapping[str, Any], what: str = "offload_optimizer") -> bool:
+    """Whether merged or given `zero_optimization` settings move the optimizer (or `offload_param`: the weights) to the host."""
+    return zero.get(what, {}).get("device", "none") != "none"
 
 
 def zero_stage(name_or_path: str) -> int:
@@ -147,7 +175,7 @@ def merge(
     zero = _overlay(copy.deepcopy(ZERO[stage]), strategy["zero_optimization"])
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         zero[bucket] = min(int(zero[bucket]), -(-trainable // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT)
-    if stage in (1, 2) and zero["offload_optimizer"]["device"] != "none":
+    if stage in (1, 2) and offloads(zero):
         zero["compute_grad_norm"] = True  # DeepSpeed refuses to go without under offload
     if world_size == 1 and stage < 3:
         zero["overlap_comm"] = False  # nothing to overlap with, and every bucket would wait for the device

@@ -44,20 +44,21 @@ def fork_server():
 def ranks(fork_server, tmp_path: Path) -> Callable[..., SimpleNamespace]:
     """`ranks([case, ...], world=2, wait=True)`: exit codes by rank and the results by case name."""
 
-    def start(cases: list[dict], world: int = 2, out: Path = tmp_path) -> SimpleNamespace:
-        processes = start_ranks(fork_server, cases, world, out)
+    def start(cases: list[dict], world: int = 2, out: Path = tmp_path, worker: Path = WORKER) -> SimpleNamespace:
+        processes = start_ranks(fork_server, cases, world, out, worker)
         codes = [_join(process) for process in processes]
         results = {}
         for case in cases:
-            path = out / f"{case.get('name', case['run'])}.json"
+            name = case["name"] if "name" in case else case["run"]
+            path = out / f"{name}.json"
             if path.exists():
-                results[case.get("name", case["run"])] = SimpleNamespace(**json.loads(path.read_text()))
+                results[name] = SimpleNamespace(**json.loads(path.read_text()))
         return SimpleNamespace(codes=codes, out=out, results=results)
 
     return start
 
 
-def start_ranks(context, cases: list[dict], world: int, out: Path) -> list:
+def start_ranks(context, cases: list[dict], world: int, out: Path, worker: Path = WORKER) -> list:
     port = str(free_port())
     processes = []
     for rank in range(world):
@@ -66,7 +67,7 @@ def start_ranks(context, cases: list[dict], world: int, out: Path) -> list:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
         settings = {"out": str(out), "cases": cases, "environment": environment}
-        process = context.Process(target=runpy.run_path, args=(str(WORKER), {"SETTINGS": settings}, "__qg_rank__"))
+        process = context.Process(target=runpy.run_path, args=(str(worker), {"SETTINGS": settings}, "__qg_rank__"))
         process.start()
         processes.append(process)
     return processes

@@ -100,7 +100,9 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert told["entropy"] == read_json(evaluated / "routing.json")["entropy"]
     thoughts = (evaluated / "thoughts.md").read_text()
     assert all(arm in thoughts for arm in ("no_thought", "shuffled", "pause", "random", "temperature", "entropy, nats"))
-    assert "<script" in (evaluated / "thoughts.html").read_text()
+    page = (evaluated / "thoughts.html").read_text()
+    assert "<script" in page
+    assert "thoughts.loss_on: completion" in page, "the page scores questions too, the table answers only"
 
 
 def test_killed_four_times_and_continued_equals_undisturbed(whole: Path, tmp_path: Path) -> None:
