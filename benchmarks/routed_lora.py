@@ -227,7 +227,7 @@ def crossovers(report: Report, device: torch.device) -> None:
                         say(name, str(problem)[:120])
                 if found:
                     fastest = min(found, key=lambda name: found[name])
-                    now = formulation(tokens, experts * RANK, SHAPES[shape][0], unverified=True)
+                    now = formulation(tokens, experts * RANK, SHAPES[shape][0])
                     report.add(
                         part="crossover",
                         shape=shape,

@@ -91,8 +91,7 @@ def attach(
     """Give `model` the experts of `library` and a router; returns the same model. Rebuilds banks only, so it also
     serves to add, remove or restrict experts: `attach(model, state(model).library.remove("x"), ...)`.
 
-    implementation  reference (plain PyTorch), triton (kernels/routed_lora, the fastest), auto: on a GPU, the fastest of
-                    those kernels that have agreed with fp64 on one at that number of tokens
+    implementation  reference (plain PyTorch), triton (kernels/routed_lora), auto: triton on a GPU
     """
     if not len(library):
         raise RecipeError("no experts to attach: the library is empty; use detach for the plain base", code="CFG-021")

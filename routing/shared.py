@@ -27,7 +27,6 @@ from ..kernels.routed_lora import (
     masked_hidden,
     operators,
     route_sparingly,
-    routes_by_kernel,
     split_gates,
 )
 from .expert import SiteAdapter
@@ -135,7 +134,7 @@ class SharedBank(nn.Module):
         assert self.kind is not None
         assert self.vectors_ZI is not None
         arrow = self.kind.kernel == "projection"
-        if not (self._takes_kernels(x_TI) and routes_by_kernel(x_TI.shape[0], self._unverified)):
+        if not self._takes_kernels(x_TI):
             return route_sparingly(x_TI, self.vectors_ZI, self.absent_Z, self.shape.num_experts, self.k, arrow)
         return torch.ops.quietgoose.route_experts(
             x_TI, self.vectors_ZI, self._gates()[1:], self._tables(), self.shape.num_experts, self.k, arrow
@@ -196,7 +195,7 @@ class SharedBank(nn.Module):
     def _linears(self, x_TI: Tensor) -> list[Tensor]:
         assert self.kind is not None
         (tokens, width), slots, wide = x_TI.shape, max(self.shape.slots), x_TI.dtype == torch.float32
-        name = formulation(tokens, slots, width, wide, self._unverified)
+        name = formulation(tokens, slots, width, wide)
         biases = [base.bias for base in self._bases if base.bias is not None]  # of all or of none
         b_RO = [self.b_RO_of(position) for position in range(len(self._bases))]
         compute = torch.ops.quietgoose.routed_linears if torch.compiler.is_compiling() else operators.linears
@@ -226,11 +225,6 @@ class SharedBank(nn.Module):
     def _by_pairs(self, x: Tensor) -> bool:
         tokens = x.numel() // x.shape[-1]
         return self._takes_kernels(x) and by_pairs(tokens, max(self.shape.slots), x.shape[-1])
-
-    @property
-    def _unverified(self) -> bool:
-        """Whoever asks for `triton` also gets what no GPU has confirmed yet (kernels/routed_lora/tiles.py)."""
-        return self.implementation == "triton"
 
     def _takes_kernels(self, x: Tensor) -> bool:
         return takes_triton(self.implementation, x, self._problem(x))

@@ -15,7 +15,7 @@ from .reference import (
     routed_lora,
     slot_weights,
 )
-from .tiles import by_pairs, formulation, routes_by_kernel
+from .tiles import by_pairs, formulation
 
 __all__ = [
     "GroupShape",
@@ -36,7 +36,6 @@ __all__ = [
     "route_group",
     "route_sparingly",
     "routed_lora",
-    "routes_by_kernel",
     "slot_weights",
     "split_gates",
 ]

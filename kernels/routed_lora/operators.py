@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from .gradients import expand_gradients, keep_routing, routing_gradients, shrink_gradients
 from .layout import GroupShape, GroupTables, PreparedGates, axis_length, grouped_layout
-from .reference import masked_hidden, route_group
+from .reference import masked_hidden
 from .tiles import MOST_FUSED
 
 
@@ -232,7 +232,7 @@ def linears(
     `routed_linears`.
 
     method  decode: few tokens, two launches. fused: expand inside our base product. stock: the library's base product,
-            expand added piece by piece. grouped: pairs sorted by expert; grouped_reference: weights by plain PyTorch
+            expand added piece by piece. grouped: pairs sorted by expert
     """
     from . import launch
 
@@ -246,11 +246,7 @@ def linears(
     if method == "stock":
         return launch.linear_in_pieces(x, _hidden(x, prepared, found, shape, k, arrow, a), sites, shape)
     ys = [functional.linear(x, w, biases[i] if biases else None) for i, w in enumerate(weights)]
-    if method == "grouped_reference":
-        weight, chosen = route_group(x, prepared.vectors_ZI, found.absent_Z, num_experts, k, arrow)
-        weight, index = weight.contiguous(), chosen.int().contiguous()
-    else:
-        weight, index, _ = launch.route(x, prepared, found, shape, k, arrow)
+    weight, index, _ = launch.route(x, prepared, found, shape, k, arrow)
     pairs = launch.sort_pairs(index, num_experts)
     hidden, first = launch.shrink_pairs(x, a, found, shape, pairs, k, weight), 0
     for site, (y, b_RO) in enumerate(zip(ys, b)):

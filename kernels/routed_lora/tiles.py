@@ -93,7 +93,6 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 # up to, input width up to, formulation. Measured (same file): `decode` up to 64 tokens, at 16 and 64 tokens the fastest or within
 # 1 percent of it (4 experts at 64 tokens: `fused` 14 percent less); at 128 it still is with 166 experts, untested there. What
 # lies beyond 64 tokens was timed with the racing first pass, so `fused` against `stock` against `grouped` are estimates.
-# VERIFIED_TOKENS below holds parts of it back.
 CROSSOVERS: list[tuple[int, int, int, str]] = [
     (64, LIMITLESS, LIMITLESS, "decode"),
     (LIMITLESS, 512, 2048, "fused"),
@@ -102,33 +101,15 @@ CROSSOVERS: list[tuple[int, int, int, str]] = [
 ]
 
 
-# What calls take by default, by number of tokens. Above 512 the first pass (routing and shrink in one, which `fused` and
-# `stock` begin with) was wrong on an H100 (Triton 3.6): see triton_route.py's head. The kernel without that fault has been right
-# there since, at 4,096 and 32,768 tokens, five times alike (2026-11-26, tests/kernels/test_routed_lora_kernels.py -m gpu, the
-# first and last 512 rows); rows from everywhere, as that test and the gate of benchmarks/routed_lora.py look at now, and its
-# time wait for a GPU. Until then more tokens take `grouped`, with weights from the plain-PyTorch routing
-# (`grouped_reference`): `grouped`'s own routing is the changed kernel too. implementation="triton" of routing.attach
-# (`unverified` here) takes the table above as it stands. When both are green, set this to LIMITLESS.
-VERIFIED_TOKENS = 512
-
-
-def formulation(num_tokens: int, slots: int, width: int, wide: bool = False, unverified: bool = False) -> str:
-    """decode, fused, stock, grouped or grouped_reference for a call; `wide` (fp32 numbers) leaves base products to the
-    library, `unverified` takes the fastest even where no GPU has confirmed it."""
+def formulation(num_tokens: int, slots: int, width: int, wide: bool = False) -> str:
+    """decode, fused, stock or grouped for a call; `wide` (fp32 numbers) leaves base products to the library."""
     name = next(
         found for tokens, most_slots, most_width, found in CROSSOVERS
         if num_tokens <= tokens and slots <= most_slots and width <= most_width
     )  # fmt: skip
-    if name != "decode" and not routes_by_kernel(num_tokens, unverified):
-        return "grouped_reference"
     return "stock" if wide and name == "fused" else name
-
-
-def routes_by_kernel(num_tokens: int, unverified: bool = False) -> bool:
-    """Whether the routing kernel takes a call, alone or with the shrink beside it."""
-    return unverified or num_tokens <= VERIFIED_TOKENS
 
 
 def by_pairs(num_tokens: int, slots: int, width: int) -> bool:
     """Whether training sorts (token, slot) pairs; else masked concatenation in plain PyTorch."""
-    return formulation(num_tokens, slots, width, unverified=True) == "grouped"
+    return formulation(num_tokens, slots, width) == "grouped"

@@ -13,7 +13,6 @@ from quietgoose.kernels.routed_lora import (
     naive,
     routed_lora,
     slot_weights,
-    tiles,
 )
 
 SHAPES = [(1, 8, 6, (4,)), (63, 24, 16, (3, 3, 3)), (100, 12, 30, (1, 64, 7, 2)), (5, 8, 8, (4, 4))]
@@ -113,20 +112,10 @@ def test_gate_logits_gradients_and_saved_bytes(sites: int) -> None:
 
 def test_every_call_has_a_formulation() -> None:
     assert formulation(1, 16, 576) == "decode"
-    assert formulation(10**6, 10**6, 10**6, unverified=True) == "grouped"
+    assert formulation(10**6, 10**6, 10**6) == "grouped"
     known = {"decode", "fused", "stock", "grouped"}
     for tokens in (1, 64, 65, 4096, 32768):
         for slots in (16, 256, 1024, 2656):
             for width in (192, 4096):
-                assert formulation(tokens, slots, width, unverified=True) in known
-                assert formulation(tokens, slots, width, True, True) in known - {"fused"}
-                assert formulation(tokens, slots, width) in known | {"grouped_reference"}
-
-
-@pytest.mark.skipif(tiles.VERIFIED_TOKENS == tiles.LIMITLESS, reason="everything is confirmed")
-def test_what_no_gpu_has_confirmed_is_taken_on_request_only() -> None:
-    for width in (576, 4096):
-        assert formulation(512, 256, width) in {"fused", "stock"}
-        for tokens in (513, 4096, 32768):
-            assert formulation(tokens, 256, width) == "grouped_reference"
-            assert formulation(tokens, 256, width, unverified=True) in {"fused", "stock"}
+                assert formulation(tokens, slots, width) in known
+                assert formulation(tokens, slots, width, wide=True) in known - {"fused"}
