@@ -6,11 +6,12 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,12 @@ PACKAGES = ("torch", "triton", "transformers")
 def say(*words: Any) -> None:
     """One line of progress with the seconds since the start."""
     print(f"[{time.perf_counter() - START:7.1f} s]", *words, flush=True)
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest of some errors, NaN if one is: `max` passes over a NaN that is not the first, and a gate would be green."""
+    found = list(errors)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def about(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from measure import elapsed_ms, peak_of, say, tidy, time_steps
+from measure import elapsed_ms, peak_of, say, tidy, time_steps, worst
 from quietgoose.kernels.routed_lora import formulation, tiles
 from quietgoose.kernels.testing import relative_rmse, tolerance
 from routed_lora_models import captured
@@ -101,7 +101,7 @@ def gate(layer: Layer, function: Any, k: int, arrow: bool) -> float:
     """Relative RMSE of the last copy's tokens against fp64, the worst of the seven linears: of all of them up to 1,024, beyond
     that of as many spread over all."""
     rows = layer.checked_rows()
-    return max(relative_rmse(y[rows], want) for y, want in zip(layer.run(function), layer.exact(k, arrow, rows)))
+    return worst(relative_rmse(y[rows], want) for y, want in zip(layer.run(function), layer.exact(k, arrow, rows)))
 
 
 def run_cell(report: Report, shape: str, experts: int, tokens: int, ks: list[int]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import about, attempt, elapsed_ms, peak_of, say, time_steps, wait, write
+from measure import about, attempt, elapsed_ms, peak_of, say, time_steps, wait, worst, write
 from quietgoose.kernels.testing import relative_rmse, tolerance
 from quietgoose.routing.model import attach, detach, state
 from quietgoose.routing.sites import all_sites
@@ -86,7 +86,7 @@ def cell(
     model.requires_grad_(False)
     got = gradients(model, tokens)
     want.extend([] if want else got)
-    error = max(relative_rmse(g, w) for g, w in zip(got, want, strict=True))
+    error = worst(relative_rmse(g, w) for g, w in zip(got, want, strict=True))
     if not error <= tolerance(torch.bfloat16, "gradient"):
         return {"error": f"the gradient is not plain PyTorch's: relative RMSE {error:.2e}"}
     return {**measured(step, got[0].device), "gradient_rmse": error}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Times, peak_of, tidy, time_steps
+from measure import Times, peak_of, tidy, time_steps, worst
 from quietgoose.cache.decode import compile_decode
 from quietgoose.cache.decode_static import StaticKV
 from quietgoose.cache.hf import ZipCache
@@ -65,7 +65,7 @@ def _routed(
     attach(model, make_library(model, experts), k=2, implementation=report.options.implementation)
     error = _gate(model, report.options.implementation)
     sites = {batch: _gate_sites(model, batch) for batch in batches}
-    green = [batch for batch in batches if max(error, sites[batch]) <= GATE]
+    green = [batch for batch in batches if worst([error, sites[batch]]) <= GATE]
     found = {"logits_error": error, "sites_error": sites, "implementation": report.options.implementation}
     if green != batches:
         red = [batch for batch in batches if batch not in green]
@@ -75,7 +75,7 @@ def _routed(
 
 def _gate(model: Any, implementation: Any) -> float:
     """Logits of the kernels against the plain twin's (64 and 300 tokens: both sides of the decode crossover)."""
-    worst = 0.0
+    errors = []
     for length in (40, 300):
         ids = tokens_of(model, 1, length)
         found = [forward(model, ids)()]
@@ -83,15 +83,15 @@ def _gate(model: Any, implementation: Any) -> float:
         attach(model, library, k=2, implementation="reference")
         found.append(forward(model, ids)())
         attach(model, library, k=2, implementation=implementation)
-        worst = max(worst, relative_rmse(*found))
-    return worst
+        errors.append(relative_rmse(*found))
+    return worst(errors)
 
 
 def _gate_sites(model: Any, batch: str) -> float:
     """The first layer's linears with as many tokens as `batch` has, B 64 times as large, against plain fp32: logits hide
     what is wrong with small updates, and few tokens what is wrong with kernels that many tokens take."""
     rows, length = (int(n) for n in batch.split("x"))
-    worst = 0.0
+    errors = []
     checked_C = checked_rows(rows * length, model.device)
     for site in list(model.routing_state.modules.values())[:7]:
         bank, position = site.adapter.shared, site.adapter.position
@@ -108,10 +108,10 @@ def _gate_sites(model: Any, batch: str) -> float:
                 some_CI, bank.a_RI_of(position).float(), owners, [slots], weights, index, bank.shape.num_experts
             )
             want = some_CI @ weight_OI.float().t() + hidden_CR @ b_RO.float()
-            worst = max(worst, relative_rmse(site(x_TI)[checked_C], want))
+            errors.append(relative_rmse(site(x_TI)[checked_C], want))
             b_RO.div_(64)
         bank.forget()
-    return worst
+    return worst(errors)
 
 
 def _route(bank: Any, x_TI: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +236,7 @@ def _decode(
 
 
 def _decode_error(model: Any, decode: Any, ids: Tensor) -> float:
-    """Relative RMSE of the sixth step's logits (captured by then) against one forward over the same tokens without a cache."""
+    """Relative RMSE of the fifth step's logits (captured by then) against one forward over the same tokens without a cache."""
     tokens = [decode.prefill(ids).argmax(-1)]
     for _ in range(5):
         logits = decode.step(tokens[-1])

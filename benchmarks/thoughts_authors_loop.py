@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from measure import worst
 from quietgoose.kernels.linear_loss import token_nll
 from quietgoose.kernels.testing import relative_rmse
 from quietgoose.thoughts import objective
@@ -226,7 +227,7 @@ def gate(model: Any, tokens_BL: Tensor, config: ThoughtConfig, fixes: Fixes | No
         name: relative_rmse(loop.sums[i], ours.sums[i]) for i, name in enumerate(("base", "mixed", "policy"))
     } | {"total": relative_rmse(total, ours.total)}  # fmt: skip
     pairs = [(g, w) for g, w in zip(got, want) if g is not None and w is not None]
-    found["gradients"] = max(relative_rmse(g, w) for g, w in pairs)
+    found["gradients"] = worst(relative_rmse(g, w) for g, w in pairs)
     found["compared"] = len(pairs)
     return found
 

@@ -32,7 +32,7 @@ wait
 done_=$(find "$work/run/arms" -path '*/stages/evaluate/DONE.json' 2> /dev/null | wc -l)
 echo "finished: $done_ of $(echo $runs | wc -w)"
 if [ "$done_" -eq "$(echo $runs | wc -w)" ]; then python launch/train.py "${recipe[@]}" 2>&1 | tail -40; fi
-(cd "$work" && find run -type f \( -path '*/evaluate/result/*' -o -path '*/compare/result/*' -o -name 'events.jsonl' -o -name 'DONE.json' -o -name 'teacher.json' \
-  -o -name 'unet.json' -o -name 'report.html' \) | tar czf - -T -) > "$results/urepa_compare.tar.gz"
+(cd "$work" && find run -type f \( -path '*/evaluate/result/*' -o -path '*/compare/result/*' -o -name 'events.jsonl' -o -name 'teacher.json' \
+  -o -path '*/evaluate/DONE.json' -o -path '*/compare/DONE.json' -o -name 'unet.json' -o -name 'report.html' \) | tar czf - -T -) > "$results/urepa_compare.tar.gz"
 cp "$work"/run/stages/compare/result/compare.* "$results" 2> /dev/null
 tail -n 3 "$work"/*.log > "$results/tails.txt" 2>&1

@@ -131,7 +131,8 @@ class CompiledDecode:
 
         `keep_cache=True` continues: input_ids is the whole conversation, its first columns being those in the cache;
         attention_mask may not hide a token among them (CFG-049): a step sees all that is stored.
-        The host looks at the device every `stop_every` tokens only (and never when eos_token_id is None).
+        The host looks at the device every `stop_every` tokens and where the cache is full (never when eos_token_id is
+        None): steps made beyond the last end are not packed, and not refused for want of room.
         """
         if max_new_tokens < 1 or stop_every < 1:
             raise RecipeError(
@@ -164,7 +165,8 @@ class CompiledDecode:
                 finished |= (token[:, None] == ends).any(1)
             made[:, index] = token
             last = index + 1 == max_new_tokens
-            if last or (ends is not None and (index + 1) % stop_every == 0 and bool(finished.all())):
+            looks = ends is not None and ((index + 1) % stop_every == 0 or self._is_full())
+            if last or (looks and bool(finished.all())):
                 break
             logits = self.step(token)
         out = torch.cat([input_ids.to(self.device), _without_tail(made[:, : index + 1], ends)], 1)
@@ -172,6 +174,10 @@ class CompiledDecode:
         return out
 
     # inside ----------------------------------------------------------------------------------------------------
+
+    def _is_full(self) -> bool:
+        assert self._target is not None
+        return self._target.is_full()
 
     def _drop(self, columns: int) -> None:
         """Take back steps made before the host saw that all rows had ended: what is stored is what is returned."""
@@ -197,7 +203,7 @@ class CompiledDecode:
                 "model.generate with the cache, or keep_cache=False",
                 code="CFG-049",
             )
-        return mask
+        return mask if stored is None else stored  # what a column was when it was stored, it stays
 
     def _columns_mask(self, columns: int) -> Tensor:
         """The mask widened to the columns that steps have added since."""
@@ -212,14 +218,15 @@ class CompiledDecode:
         self._target = as_decodable(self.cache)
 
     def _check_weights(self) -> None:
-        """A step reads weights where they lay when it was captured: capture it anew when they lie elsewhere."""
+        """A step reads weights and buffers (routed experts are buffers) where they lay when it was captured: capture it anew
+        when they lie elsewhere."""
         if came_apart(self._changed):
             raise RecipeError(
                 "compile_decode: weights of the model were replaced, cast or moved since; call close() before such a change "
                 "and compile_decode again after it",
                 code="CFG-047",
             )
-        found = tuple(weight.data_ptr() for weight in self.model.parameters())
+        found = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
         if found != self._weights:
             self._weights, self._graph, self._warm = found, None, 0
 
@@ -319,6 +326,7 @@ def compile_decode(
     join   multiply q, k, v and gate, up at once in the compiled step (weights become views of one storage)
     stream read weights by our kernel for up to 16 rows instead of the library's GEMM (16-bit weights on a GPU)
     tune   let the compiler measure GEMM variants: slower to start, faster matrix-vector products
+    A captured step keeps the router and k of a routed model: after `set_router` make another.
     Raises RecipeError for sliding windows shorter than the capacity and attention the step does not know.
     """
     if cache is None:

@@ -167,6 +167,9 @@ class StaticKV(Cache):
         self.check_room(self.get_seq_length(), 1)
         return False
 
+    def is_full(self) -> bool:
+        return self.get_seq_length() >= self.capacity
+
     def enter_step(self) -> None:
         assert self.lengths is not None
         self.lengths.add_(1)

@@ -33,6 +33,10 @@ class Decodable(Protocol):
         """Work between steps: flush when full, refuse when the capacity is used up. True if storage may have moved."""
         ...
 
+    def is_full(self) -> bool:
+        """Whether the next `before_step` packs or refuses: the last moment to see that no step is needed."""
+        ...
+
     def enter_step(self) -> None:
         """Device work at the start of a step, part of the graph: the lengths grow by one."""
 

@@ -50,6 +50,10 @@ class ZipDecodable:
         flushed = [state.prepare(1) for state in self.states]
         return any(flushed)
 
+    def is_full(self) -> bool:
+        state = self.states[0]  # every layer holds the same columns
+        return state.is_full or state.seq_length == state.capacity
+
     def enter_step(self) -> None:
         torch._foreach_add_([state.tail.length for state in self.states], 1)
 

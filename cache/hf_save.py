@@ -74,6 +74,10 @@ def load(kind: type, path: Path, config: Any, device: torch.device) -> Any:
                 start = f"layers.{index}."
                 tensors = {n.removeprefix(start): handle.get_tensor(n) for n in names if n.startswith(start)}
                 _restore(layer, saved, tensors, device)
+    except RecipeError as error:
+        if error.code != "QG-CFG-050":
+            raise
+        raise ArtifactError(f"{path}: its policy is not one for this model ({error})", code="CKPT-034") from error
     except QuietGooseError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

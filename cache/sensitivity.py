@@ -4,8 +4,9 @@
     cache = quietgoose.ZipCache(model.config, {"preset": "quality", "sixteen_bit_layers": layers})
 
 One layer is packed at a time, all others stay at 16 bits, and what the model predicts after the packed prompt is compared with
-what it predicts with nothing packed. Two layers of SmolLM2-135M's thirty, chosen so, bring the retrieval that `quality` loses
-from 2.6 points to 1.3 for 0.5 to 0.7 bits a number (docs/results.md). It costs a forward pass a layer on a text of the user's.
+what it predicts with nothing packed. Layers 7 and 18 of SmolLM2-135M's thirty at 16 bits bring the retrieval that `quality` loses
+from 2.6 points to 1.3 for 0.5 to 0.7 bits a number (docs/results.md); on Wikipedia text this names 8 and 18 (docs/log.md), whose
+retrieval was not measured. It costs a forward pass a layer on a text of the user's.
 Source: ours; that a few layers carry most of the loss is KVTuner's observation (arXiv 2502.04420).
 """
 
@@ -34,9 +35,10 @@ def sensitive_layers(
 
     Raises RecipeError (CFG-050) for a count that is not between 1 and the number of layers that are packed.
     """
+    most = len(_packed(model, resolve_policy(policy)))
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+        raise RecipeError(f"sensitive_layers: count = {count!r}: 1 to {most}, the layers packed", code="CFG-050")
     loss = layer_sensitivity(model, input_ids, policy, continuation)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(loss):
-        raise RecipeError(f"sensitive_layers: count = {count!r}: 1 to {len(loss)}, the layers packed", code="CFG-050")
     return tuple(sorted(sorted(loss, key=loss.__getitem__)[-count:]))
 
 
@@ -65,7 +67,7 @@ def layer_sensitivity(
             code="CFG-050",
         )
     settings = replace(resolve_policy(policy), sixteen_bit_layers=())
-    packed = [layer.layer_index for layer in ZipCache(model.config, settings).zip_layers]
+    packed = _packed(model, settings)
 
     def predictions(kept: list[int]) -> Iterator[Tensor]:
         return _predictions(model, input_ids, continuation, replace(settings, sixteen_bit_layers=tuple(kept)))
@@ -77,6 +79,10 @@ def layer_sensitivity(
         total = sum(_kl(p_BCV, q_BCV) for p_BCV, q_BCV in zip(wanted, predictions(others), strict=True))
         found[layer] = float(total) / (input_ids.shape[0] * continuation)
     return found
+
+
+def _packed(model: nn.Module, policy: Policy) -> list[int]:
+    return [layer.layer_index for layer in ZipCache(model.config, policy).zip_layers]
 
 
 def _predictions(model: nn.Module, input_ids: Tensor, continuation: int, policy: Policy) -> Iterator[Tensor]:

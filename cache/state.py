@@ -104,6 +104,11 @@ class LayerState:
         return self.window.used
 
     @property
+    def is_full(self) -> bool:
+        """Whether the next `prepare` flushes."""
+        return self.window.columns >= self.policy.recent_tokens + self.policy.flush_every
+
+    @property
     def high(self) -> PackedArena:
         """The arena that flushes put salient tokens in (a fork's parent has its own)."""
         return self.history.store.high
@@ -171,7 +176,7 @@ class LayerState:
                 code="CFG-051",
             )
         guards.check_capacity(self.capacity, self.seq_length + queries)
-        full = self.window.columns >= self.policy.recent_tokens + self.policy.flush_every
+        full = self.is_full
         if full:
             self.flush()
         self.window.blank = False  # a step that dies between here and `advance` may have counted a column on the device
@@ -265,7 +270,15 @@ class LayerState:
         """
         self._may_change("select")
         index = index.to(self.device)
-        index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.to(torch.int64)
+        if index.dtype == torch.bool:
+            if index.shape != (self.batch,):
+                raise RecipeError(
+                    f"rows kept by a mask of shape {tuple(index.shape)}: this layer has {self.batch} rows, needed is one "
+                    "entry for each",
+                    code="CFG-053",
+                )
+            index = index.nonzero().squeeze(1)
+        index = index.to(torch.int64)
         moved = bool(self.history.segments) or index.shape[0] != self.batch
         self.history.select(index)
         self.window.select(index)

@@ -1,1 +1,1 @@
-"""Strategy files: ZeRO stage, precision, offload, communication. Nothing else is allowed in them."""
+"""Strategy files: ZeRO stage, offload, communication. Nothing else is allowed in them."""

@@ -119,11 +119,14 @@ def phatgoose_mean_vectors(library: ExpertLibrary) -> SiteVectors:
 
 
 def centred(vectors: SiteVectors) -> SiteVectors:
-    """Standardised vectors of each site less their mean over its experts; a site's only vector is left whole."""
+    """Standardised vectors of each site less their mean over its experts; a site's only vector is left whole, and so are
+    equal ones (copies of one expert), which have nothing of their own."""
     found: SiteVectors = {}
     for site, of_experts in vectors.items():
         own = {name: standardise(vector) for name, vector in of_experts.items()}
-        shared = torch.stack(list(own.values())).mean(0) if len(own) > 1 else 0.0
+        every = list(own.values())
+        differ = any(not torch.equal(every[0], vector) for vector in every[1:])
+        shared = torch.stack(every).mean(0) if differ else 0.0
         found[site] = {name: vector - shared for name, vector in own.items()}
     return found
 

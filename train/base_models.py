@@ -40,7 +40,8 @@ SMOLLM2_SHAPE = {
     "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "max_position_embeddings": 8192,
     "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }  # fmt: skip
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+HUB_WEIGHTS = "*.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 OWN_CODE = ("auto_map", "custom_pipelines", "custom_generate")
 HIDDEN_SWITCHES = ("_attn_implementation", "_attn_implementation_internal", "attn_implementation")
@@ -93,8 +94,10 @@ def load_base(
     return LoadedBase(model, load_tokenizer(folder), name, sha256_json(hashes), notes, attention)
 
 
-def find_base(settings: BaseSettings, cache: Path, nano: Path | None = None) -> tuple[Path, str]:
-    """(folder in Hugging Face format, id) of a model name; fetched and converted if need be."""
+def find_base(
+    settings: BaseSettings, cache: Path, nano: Path | None = None, *, weights: bool = True
+) -> tuple[Path, str]:
+    """(folder in Hugging Face format, id) of a model name; fetched and converted if need be. `weights`: those of a hub id too."""
     name = settings.model
     if name == "nano":
         if nano is None:
@@ -118,11 +121,11 @@ def find_base(settings: BaseSettings, cache: Path, nano: Path | None = None) -> 
         return folder, "smollm2" if known else str(local.resolve())
     if name.startswith((".", "/", "~")) or name.endswith((".gguf", ".whl")) or name.count("/") > 1:
         raise RecipeError(f"base.model: {name}: no such file or folder", code="CFG-013")
-    return _from_hub(name, settings.revision)
+    return _from_hub(name, settings.revision, weights)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that brings code, weights that are no safetensors, or shards from elsewhere."""
+def check_folder(folder: Path, *, weights: bool = True) -> None:
+    """Refuse a folder that brings code and, if `weights` are looked at, those that are no safetensors or lie elsewhere."""
     if not (folder / "config.json").is_file():
         raise RecipeError(f"base.model: {folder} has no config.json, so it is no Hugging Face model", code="CFG-013")
     if (folder / "adapter_config.json").exists():  # transformers would load the model that file names instead
@@ -134,7 +137,7 @@ def check_folder(folder: Path) -> None:
             except ValueError as error:
                 raise SecurityError(f"{folder / name}: not JSON ({error})", code="SEC-006") from error
             _refuse_code(value, folder / name)
-    for path in weight_files(folder):
+    for path in weight_files(folder) if weights else ():
         try:
             with safe_open(path, framework="pt"):
                 pass  # reads and checks the header
@@ -223,7 +226,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, attention: str) -> Any:
 
 
 def _on_meta(settings: BaseSettings, dtype: torch.dtype, cache: Path, nano: Path | None) -> LoadedBase:
-    """Shapes only. Nothing is fetched for nano and smollm2, whose shapes are known."""
+    """Shapes only. Nothing is fetched for nano and smollm2, whose shapes are known, and no weights of a hub id."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     tokenizer = None
@@ -234,8 +237,8 @@ def _on_meta(settings: BaseSettings, dtype: torch.dtype, cache: Path, nano: Path
     elif settings.model == "smollm2" and not manifest_of(_cached(cache, SMOLLM2_SHA256)):
         config, name = LlamaConfig(**SMOLLM2_SHAPE), "smollm2"
     else:
-        folder, name = find_base(settings, cache, nano)
-        check_folder(folder)
+        folder, name = find_base(settings, cache, nano, weights=False)
+        check_folder(folder, weights=folder.parent.name != "snapshots")
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         tokenizer = load_tokenizer(folder)
     with torch.device("meta"):
@@ -243,14 +246,15 @@ def _on_meta(settings: BaseSettings, dtype: torch.dtype, cache: Path, nano: Path
     return LoadedBase(model.eval(), tokenizer, name, "", ("shapes only",), "sdpa")
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
+def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str]:
     """(snapshot, `owner/name@commit`); such an id, which exports hold, names its own revision."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, commit = name.partition("@")
+    files = [*HUB_FILES, *([HUB_WEIGHTS] if weights else [])]
     try:
-        folder = snapshot_download(name, revision=commit or revision, allow_patterns=HUB_FILES)
+        folder = snapshot_download(name, revision=commit or revision, allow_patterns=files)
     except (HfHubHTTPError, HFValidationError) as error:
         raise RecipeError(
             f"base.model: {name}: no file or folder here and no such model on the hub ({str(error).splitlines()[0]})",

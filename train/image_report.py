@@ -25,6 +25,7 @@ def write_report_of_images(run: Path, evaluated: Path, title: str, facts: Mappin
     charts: list[Chart] = []
     if (evaluated / f"{NAME}.json").is_file():
         results = read_image_results(evaluated)
+        facts = {**facts, **results.get("facts", {})}  # what it was measured on: the report may be made elsewhere
         header, rows = table(results)
         lead = LEAD.format(accuracy=100 * results["judge"]["accuracy"])
         tables.append(Table("Scores", lead, header, rows))

@@ -6,8 +6,9 @@ but the number of rows.
 Weights, gradients, buckets and optimizer state: state_memory.py, with the settings of the stage's strategy. Activations of `base` and
 `thoughts` are found by taking a step without numbers (text_memory.py, thought_memory.py); those of experts and gates, which
 torch.compile fuses, are 34 * tokens * width bytes a layer in 16 bit (Korthikanti et al. 2022, eq. 2 without the attention matrix,
-which fused attention never holds), twice that in fp32; with recomputation only the input of every layer. An estimate: what the
-allocator cannot fit together comes on top.
+which fused attention never holds), twice that in fp32; with recomputation only the input of every layer. So are those of `thoughts`
+over a model whose code asks its tensors what they hold (mixtures of experts), and the plan says so. An estimate: what the allocator
+cannot fit together comes on top.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base.errors import DataError
+from ..base.errors import DataError, QuietGooseError
 from .checks import expert_names, trains
 from .image_checks import draws_images
 from .recipe import Recipe, RowTrainSettings, TrainSettings
-from .thought_settings import BASE, thought_plan, training_steps
+from .thought_settings import BASE, rollout_anchors, thought_plan, training_steps
 
 if TYPE_CHECKING:
+    from ..thoughts.config import ThoughtConfig
     from .plan_images import ImagePlan
     from .thought_memory import ThoughtBytes
 
@@ -56,11 +58,12 @@ class StagePlan:
 @dataclass(frozen=True)
 class ThoughtPlan:
     """The largest step of the `thoughts` stage: thoughts over all ranks, their tokens, and what one process holds of it, in bytes
-    (thought_memory.py)."""
+    (thought_memory.py). `untraced`: why that is by a formula, if it is."""
 
     thoughts: int
     tokens: int
     memory: ThoughtBytes
+    untraced: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
 
         check_model(base.model)
     parameters = sum(p.numel() for p in base.model.parameters())
-    sites = find_sites(base.model, recipe.experts.targets)
     names = tuple(expert_names(recipe))
+    sites = find_sites(base.model, recipe.experts.targets) if names else ()
     own = [name for name in names if name not in recipe.experts.load]
     adapter = AdapterLayout.uniform(sites, recipe.experts.rank).numel
     frozen_adapters = adapter * len(names)
@@ -110,8 +113,9 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
 def _thought_trainables(recipe: Recipe, model: Any, parameters: int) -> int:
     """Entries of START, END, mixing head, and of the LoRA or all weights."""
     from ..routing.sites import AdapterLayout, find_sites
+    from .thought_model import hidden_size
 
-    settings, width = recipe.thoughts, model.config.hidden_size
+    settings, width = recipe.thoughts, hidden_size(model)
     config = thought_plan(settings).stages[0]
     head = 0 if config.head == "thought" else 3 * width * width + 3 * width
     own = {"lora": 0, "embeddings": 0, "full": parameters}[settings.trainable]
@@ -132,16 +136,46 @@ def thought_plan_of(recipe: Recipe, rows: int, rows_here: int, model: Any) -> Th
     from ..thoughts.anchors import anchors_in_row
     from .thought_memory import thought_bytes
 
+    untraced = ""
     length, plan = recipe.data.sequence_length, thought_plan(recipe.thoughts)
     stages = [one for one in plan.stages if one.thinks]
     if not stages:
         return None
     per_row = [anchors_in_row(one, length) * one.samples for one in stages]
+    try:
+        memory = thought_bytes(recipe, model, plan, rows_here, len(expert_names(recipe)))
+    except QuietGooseError:
+        raise  # the stage would say the same
+    except Exception as error:  # whatever torch says of a model that cannot run without numbers, and can with them
+        memory = _thoughts_by_formula(recipe, model.config.get_text_config(), stages, rows_here)
+        untraced = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
     return ThoughtPlan(
         thoughts=rows * max(per_row),
         tokens=rows * max(n * one.tokens for n, one in zip(per_row, stages)),
-        memory=thought_bytes(recipe, model, plan, rows_here, len(expert_names(recipe))),
+        memory=memory,
+        untraced=untraced,
     )
+
+
+def _thoughts_by_formula(recipe: Recipe, config: Any, stages: Sequence[ThoughtConfig], rows: int) -> ThoughtBytes:
+    """Keys and values of the thoughts, and activations of the prefix and of a chunk of branches: half of what is held at times."""
+    from ..thoughts.anchors import anchors_in_row
+    from .thought_memory import ThoughtBytes, chunk_of
+
+    length, bytes_each = recipe.data.sequence_length, DTYPE_BYTES[recipe.base.dtype]
+    layers, width = config.num_hidden_layers, config.hidden_size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    entry = 2 * layers * heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads) * bytes_each
+    share = {"exact": 1.0, "int8": 1 / bytes_each, "int4": 0.5 / bytes_each}[recipe.thoughts.rollout_cache]
+    at_once = [
+        min(anchors_in_row(one, length), rollout_anchors(recipe.thoughts, one)) * one.samples * one.tokens
+        for one in stages
+    ]
+    stored = int(rows * max(at_once) * entry * share)
+    chunk = max(chunk_of(recipe, one) * one.samples * one.branch_length for one in stages)
+    active = activation_bytes(rows * (length + chunk), layers, width, bytes_each, False)
+    captured = recipe.thoughts.capture == "auto"
+    return ThoughtBytes(stored, stored if captured else 0, stored + active, 0)
 
 
 def _stage_plan(
@@ -179,7 +213,7 @@ def _active(recipe: Recipe, name: str, train: TrainSettings, rows: int, model: A
     """Bytes of a micro-batch of a stage that does not think."""
     from .text_memory import base_bytes
 
-    length, config = recipe.data.sequence_length, model.config
+    length, config = recipe.data.sequence_length, model.config.get_text_config()
     if name == "base" and not train.activation_checkpointing:
         return base_bytes(model, rows, length)
     shape = (config.num_hidden_layers, config.hidden_size)
@@ -283,6 +317,8 @@ def _thought_facts(table: Any, plan: Plan, recipe: Recipe) -> None:
         graph = f", {size(of.pool)} reserved for captured steps" if of.pool else ""
         kept = f"{size(of.stored)} of it keys and values of thoughts{graph}"
         table.add_row("memory of it", f"{size(of.peak)} a process, beside weights and optimizer; {kept}")
+        if step.untraced:
+            table.add_row("", f"by a formula, which can be half of it: no step without numbers ({step.untraced})")
     if "evaluate" in recipe.stages:
         table.add_row(
             "evaluate", f"{', '.join(recipe.evaluate.thoughts.arms)} on {', '.join(recipe.evaluate.thoughts.tasks)}"

@@ -72,10 +72,8 @@ def parse_command(argv: Sequence[str]) -> Command:
 
         explain(parser, Recipe)
     try:
-        found = parser.parse_args(settings_given)
-        for name in _taken_back(settings_given):
-            found.thoughts[name] = None
-        namespace = parser.instantiate(found)
+        nulls = [f"--thoughts.{name}=null" for name in _taken_back(settings_given)]
+        namespace = parser.instantiate(parser.parse_args([*settings_given, *nulls]))
     except SystemExit as stop:
         raise stop if stop.code in (0, None) else RecipeError("command line refused") from stop
     except Exception as error:
@@ -233,13 +231,32 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _taken_back(arguments: Sequence[str]) -> list[str]:
-    """Fields of `thoughts:` that files set before `thoughts.preset` was named, in a later file or on the command line: the preset
-    is laid over them, so that one option makes a recipe the preset's experiment. What is set beside it stays."""
-    layers = [{key for key, _ in _leaves(read_yaml(path), Recipe, "")} for path in _config_files(arguments)]
-    layers.append({argument.partition("=")[0].lstrip("-") for argument in arguments if argument.startswith("--")})
-    naming = [number for number, layer in enumerate(layers) if "thoughts.preset" in layer]
-    beside = set().union(*layers[naming[-1] :]) if naming else set()
-    return [name for name in PRESET_FIELDS if naming and f"thoughts.{name}" not in beside]
+    """Fields of `thoughts:` that files set before `thoughts.preset` was named, in a later file or in an option: the preset is laid
+    over them, so that one option makes a recipe the preset's experiment. What is set beside it, after it or by an option stays."""
+    layers = list(_layers(arguments))
+    naming = [number for number, (_, keys) in enumerate(layers) if "thoughts.preset" in keys]
+    if not naming:
+        return []
+    kept = {key for number, (option, keys) in enumerate(layers) if option or number >= naming[-1] for key in keys}
+    return [name for name in PRESET_FIELDS if f"thoughts.{name}" not in kept]
+
+
+def _layers(arguments: Sequence[str]) -> Iterator[tuple[bool, set[str]]]:
+    """(whether it is an option, the settings it names) of every file and option, in the order in which they apply."""
+    for number, argument in enumerate(arguments):
+        name, assigned, value = argument.partition("=")
+        if not name.startswith("--"):
+            continue
+        if not assigned and number + 1 < len(arguments):
+            value = arguments[number + 1]
+        if name == "--config":
+            yield False, {key for key, _ in _leaves(read_yaml(Path(value)), Recipe, "")}
+        elif name == "--thoughts":  # the section as one option, as YAML or as a file
+            given = yaml.safe_load(value)
+            given = read_yaml(Path(given)) if isinstance(given, str) and Path(given).is_file() else given
+            yield True, {f"thoughts.{key}" for key in (given if isinstance(given, Mapping) else ())}
+        else:
+            yield True, {name.lstrip("-").rstrip("+")}
 
 
 def _unknown_option(argument: str) -> list[str]:

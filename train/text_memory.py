@@ -9,13 +9,16 @@ Called by train/plan.py.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..base.errors import QuietGooseError
 from .data.attention import model_inputs
 from .jobs.base import LanguageModelJob
 from .living_bytes import LivingBytes, Shapes
@@ -34,6 +37,8 @@ class Answered(LivingBytes):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return self.answer if args[0].dtype == torch.bool else 1
+        if func is torch.ops.aten.equal.default:
+            return self.answer
         if func is torch.ops.aten.nonzero.default:
             return torch.zeros(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -49,7 +54,10 @@ def over_layers(model: nn.Module, measure: Measure) -> tuple[int, ...]:
     count = 0 if place is None else len(model.get_submodule(place))  # type: ignore[arg-type]
     if place is None or count <= FEW + 1:
         return _measured(copy.deepcopy(model), measure)
-    less, more = (_measured(_shortened(model, place, layers), measure) for layers in (FEW, FEW + 1))
+    try:
+        less, more = (_measured(_shortened(model, place, layers), measure) for layers in (FEW, FEW + 1))
+    except QuietGooseError:  # the first layers lack what the others have, for instance a linear that is named in full
+        return _measured(copy.deepcopy(model), measure)
     return tuple(b + (count - FEW - 1) * (b - a) for a, b in zip(less, more))
 
 
@@ -83,9 +91,22 @@ def _drop(parameter: Tensor) -> None:
 
 
 def _measured(model: nn.Module, measure: Measure) -> tuple[int, ...]:
-    with Shapes(), warnings.catch_warnings(), Answered() as living:
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    with Shapes(), _quiet(), Answered() as living:
         return measure(_lose_numbers(model), living)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch warns of fake tensors' pointers and logs whole traces of what it then raises."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _repeated(model: nn.Module) -> str | None:

@@ -27,11 +27,11 @@ OWN_FIELDS = (
 SPLITS = ("train", "validation", "test")
 OFF_AT_ZERO = ("ratio_cap", "clip", "baseline_decay")
 PRESET_FIELDS = (
-    "temperature", "policy_temperature", "advantage", "base_weight", "mixed_weight", "beta", "head", "initial_weight",
-    *OFF_AT_ZERO,
+    "temperature", "policy_temperature", "advantage", "base_weight", "mixed_weight", "beta", "entropy_bonus", "head",
+    "initial_weight", *OFF_AT_ZERO,
 )  # fmt: skip
-"""What a preset is: sizes, anchors and limits are the task's. Named in a later file or on the command line, it takes back what
-earlier files set of these (train/settings.py)."""
+"""What a preset is: sizes, anchors and limits are the task's. Named in a later file or in an option, it takes back what files before
+it set of these (train/settings.py)."""
 GENERATING = ("base", "no_thought", "thought")
 """Arms of the table of thoughts that can also generate."""
 PLAIN = ("no_thoughts", "same_compute")

@@ -24,8 +24,8 @@ MOST_FUSED = 64
 Table = list[tuple[int, int, Tiles]]
 """Entries: tokens up to, input width up to, tiles; the first that holds."""
 
-# Estimates still: the only times on a GPU (benchmarks/results/2026-11-26_routed_lora_h100_first.json) are of a first pass that
-# raced and read x once; today's reads it twice. Candidates are to be timed again.
+# Estimates still: tiles were timed (benchmarks/results/2026-11-26_routed_lora_h100_first.json) with a first pass that raced and
+# read x once; today's reads it twice, and only whole models have been timed with it (2026-11-26_routed_lora_h100.json there).
 ROUTE_SHRINK: Table = [
     (256, LIMITLESS, Tiles(32, 64, 64, 4, 3)),
     (1024, LIMITLESS, Tiles(32, 64, 64, 4, 3)),

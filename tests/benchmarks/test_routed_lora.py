@@ -85,6 +85,29 @@ def test_the_gate_sees_tokens_in_the_middle_and_at_the_end(bad: slice) -> None:
     assert gate(layer, late_error, 1, False) > 1e-2
 
 
+def test_a_nan_at_a_later_linear_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from quietgoose.kernels.testing import relative_rmse
+    from routed_lora import gate
+    from routed_lora_peers import Layer, plain_concat
+
+    layer, right = Layer("tiny", 2, 9, 1, torch.device("cpu"), torch.float32), plain_concat(1)
+    seen = []
+
+    def last_is_nan(x: torch.Tensor, group: Any) -> list[torch.Tensor]:
+        seen.append(group)
+        return [y * float("nan") if len(seen) > 1 else y for y in right(x, group)]
+
+    assert not gate(layer, last_is_nan, 1, False) <= 1e-2
+    import routed_lora_whole
+
+    calls = iter(range(10**6))
+    monkeypatch.setattr(
+        routed_lora_whole, "relative_rmse", lambda *pair: float("nan") if next(calls) == 5 else relative_rmse(*pair)
+    )
+    cells = whole(monkeypatch, tmp_path / "found.json", "--parts", "models")
+    assert [c["refused"] for c in cells if "refused" in c] == ["red gate: ['2x8']"]
+
+
 @pytest.mark.parametrize("tokens", [1, 1024, 1025, 32768])
 def test_checked_rows_reach_from_the_first_to_the_last(tokens: int) -> None:
     from routed_lora_peers import Layer

@@ -14,6 +14,7 @@ from quietgoose.cache.decode import compile_decode
 from quietgoose.cache.decode_sampling import Sampling
 from quietgoose.cache.decode_static import StaticKV
 from quietgoose.cache.hf import ZipCache
+from quietgoose.cache.policy import Policy
 from transformers import DynamicCache
 
 import quietgoose
@@ -79,6 +80,31 @@ def test_the_next_turn_after_an_answer_that_ended_early(model, kind, padded) -> 
         talk = found
 
 
+@pytest.mark.parametrize("kind", ["static", "zip"])
+def test_an_answer_that_ends_within_the_capacity_is_returned(model, kind) -> None:
+    """Though the host looks at ends every 16 tokens, and there is room for 6."""
+    ids = draw(1, 20)
+    stock = model.generate(ids, past_key_values=DynamicCache(config=model.config), **(GREEDY | {"max_new_tokens": 6}))
+    cache = StaticKV(model.config, capacity=26) if kind == "static" else ZipCache(model.config, LOSSLESS, capacity=26)
+    decode = compile_decode(model, cache, fuse="none")
+    assert torch.equal(decode.generate(ids, max_new_tokens=30, eos_token_id=int(stock[0, -1])), stock)
+    with pytest.raises(RecipeError, match="capacity"):
+        decode.generate(ids, max_new_tokens=30, eos_token_id=None)
+
+
+def test_steps_beyond_the_end_are_never_packed(model) -> None:
+    """Taken out of what is packed, they would leave arenas that nothing goes into any more, with new ones behind them."""
+    policy = Policy(salient_ratio=0.6, flush_every=8)
+    decode = compile_decode(model, ZipCache(model.config, policy, capacity=200), fuse="none")
+    ids = draw(1, 20)
+    free = decode.generate(ids, max_new_tokens=16, eos_token_id=None)
+    for end in (22, 25, 28, 30):  # the first flush comes when 8 tokens are stored
+        found = decode.generate(ids, max_new_tokens=16, eos_token_id=int(free[0, end]))
+        assert torch.equal(found, free[:, : found.shape[1]])
+        assert decode.cache.get_seq_length() == found.shape[1] - 1
+        assert not any(layer.state.history.segments for layer in decode.cache.zip_layers)
+
+
 def test_a_cache_with_hidden_columns_is_refused(model) -> None:
     cache = ZipCache(model.config, LOSSLESS)
     with torch.no_grad():
@@ -107,9 +133,10 @@ def test_padding_of_a_cache_that_was_filled_elsewhere_is_known(model, tmp_path) 
         compile_decode(model, ZipCache.load(tmp_path / "cache", model.config), fuse="none").generate(
             talk, given, keep_cache=True, **OPTIONS
         )
-        for given in (None, whole)
+        for given in (None, whole, torch.ones_like(whole))
     ]
     assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])  # what was stored as padding stays padding
 
 
 def test_what_does_not_fit_together_is_refused(model) -> None:

@@ -17,7 +17,7 @@ from quietgoose.cache.policy import Policy
 from quietgoose.kernels.testing import assert_close
 from quietgoose.routing.expert import Expert, ExpertCard, SiteAdapter
 from quietgoose.routing.library import ExpertLibrary
-from quietgoose.routing.model import attach, set_router
+from quietgoose.routing.model import attach, set_router, state
 from quietgoose.routing.shared import SharedBank
 from quietgoose.routing.sites import all_sites
 from torch import nn
@@ -110,6 +110,22 @@ def test_a_compiled_step_keeps_routing_inside(kind: str, fuse: Any, monkeypatch:
     assert DEVICE != "cpu" or len(counted) == 1
     decode.close()
     assert torch.equal(reference(model, ids, mask, 10), want)
+
+
+def test_other_experts_are_captured_anew() -> None:
+    """The step of before would go on reading its experts, or memory that is somebody else's by now."""
+    model = routed()
+    ids, mask = prompt(2, 9)
+    decode = compile_decode(model, cache_of("zip", model), fuse=False)
+    decode.prefill(ids, mask)
+    decode._graph = graph = object()  # as after a capture
+    decode.reset()
+    decode.prefill(ids, mask)
+    assert decode._graph is graph
+    attach(model, state(model).library.restrict(["e0", "e2"]))
+    decode.reset()
+    decode.prefill(ids, mask)
+    assert decode._graph is None
 
 
 @pytest.mark.parametrize("kind", ["static"] if DEVICE == "cpu" else ["static", "zip"])

@@ -143,6 +143,8 @@ def test_rows_are_kept_by_a_mask_and_all_may_go(model):
         kept.batch_select_indices(torch.tensor([True, False, True]))
     found = [model(draw(2, 5, 1), past_key_values=kept).logits for kept in (cache, stock)]
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+    with pytest.raises(RecipeError, match=r"CFG-053.*2 rows"):
+        cache.batch_select_indices(torch.tensor([True]))
     cache.batch_select_indices(torch.zeros(2, dtype=torch.bool))
     assert (cache.batch_size, cache.nbytes().tokens) == (0, 0)
 

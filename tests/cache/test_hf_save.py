@@ -107,6 +107,13 @@ def test_other_models_are_refused(saved):
         ZipCache.load(path, llama(head_dim=32).config)
 
 
+def test_a_policy_that_names_layers_this_model_lacks_is_refused(tmp_path):
+    cache = ZipCache(llama().config, {"sixteen_bit_layers": [2]})
+    path = cache.save(tmp_path / "cache")
+    with pytest.raises(ArtifactError, match=r"CKPT-034.*names \[2\]"):
+        ZipCache.load(path, llama(num_hidden_layers=2).config)
+
+
 def test_torn_foreign_and_missing_files_are_refused(saved, tmp_path):
     model, path = saved
     with pytest.raises(ArtifactError, match="no such file"):

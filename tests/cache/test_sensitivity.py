@@ -51,6 +51,7 @@ def test_the_divergence_is_the_one_of_the_predictions() -> None:
     [
         (lambda m: sensitive_layers(m, draw(1, 40), 0, continuation=8), r"count = 0: 1 to 2"),
         (lambda m: sensitive_layers(m, draw(1, 40), 3, continuation=8), r"count = 3: 1 to 2"),
+        (lambda m: sensitive_layers(m, draw(1, 40), 3, continuation=99), r"count = 3: 1 to 2"),  # before any forward
         (lambda m: layer_sensitivity(m, draw(1, 40), continuation=40), r"continuation = 40: 1 to 39"),
         (lambda m: layer_sensitivity(m, draw(1, 40)[0], continuation=8), r"shape \(40,\): \[B, T\]"),
     ],

@@ -10,6 +10,7 @@ import torch
 from quietgoose.base.errors import RecipeError
 from quietgoose.kernels.routed_lora import route_group
 from quietgoose.kernels.routed_lora.layout import ABSENT
+from quietgoose.routing.model import attach
 from quietgoose.routing.routers import (
     Routing,
     arrow_vectors,
@@ -204,6 +205,19 @@ def test_phatgoose_mean_scores_by_what_each_has_of_its_own(mixed) -> None:
         for name, vector in of_expert.items():
             wanted = standardise(alone[name].gates[site]) + standardise(means[name][site])
             torch.testing.assert_close(vector, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_of_one_expert_are_left_whole(equal, model) -> None:
+    """They have nothing of their own; a site of copies scores by what they are, and is not refused as untrained."""
+    gates = equal["ant"].gates
+    means = {s: torch.randn(v.shape) for s, v in gates.items()}
+    copies = equal.with_gates(dict.fromkeys(equal.names, gates), dict.fromkeys(equal.names, means))
+    for site, of_expert in phatgoose_mean_vectors(copies).items():
+        for vector in of_expert.values():
+            torch.testing.assert_close(
+                vector, standardise(gates[site]) + standardise(means[site]), rtol=1e-4, atol=1e-4
+            )
+    attach(model, copies.restrict(["ant", "bee"]), "phatgoose_mean")
 
 
 def test_what_all_means_share_does_not_route(equal) -> None:

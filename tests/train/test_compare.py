@@ -300,7 +300,9 @@ def test_a_run_whose_scores_stand_is_found_though_its_weights_are_gone(
         kinds = [read_line(line)["kind"] for line in (arm / "events.jsonl").open()]
         assert kinds.count("arm_found") == 1
         assert kinds.count("step") == 4
-        assert "JFD" in (arm / "report.html").read_text()
+        report = (arm / "report.html").read_text()
+        assert "JFD" in report
+        assert "a GPU" in report, "where its scores are from, not where the report was made"
     assert not (tmp_path / "run/stages").exists()
 
 

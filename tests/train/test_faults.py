@@ -217,7 +217,7 @@ def test_r11_other_world_size_and_stage(ranks, whole, first: str, second: str, w
 
 
 def test_r12_nan_is_skipped_by_all_and_three_in_a_row_end_the_run(ranks, tmp_path) -> None:
-    strategies = ("zero0", "zero2", "zero3")
+    strategies = ("zero0", "zero2", "zero3", "zero2_offload", "zero3_offload")
     once = [fault("loss", 1, 3, "nan")]
     always = [fault("loss", 1, step, "nan") for step in (4, 5, 6)]
     cases = [case(f"once-{s}", s, plan=once) for s in strategies]
@@ -234,8 +234,8 @@ def test_r12_nan_is_skipped_by_all_and_three_in_a_row_end_the_run(ranks, tmp_pat
         assert (stopped.code, stopped.skipped) == (5, 3)
         assert "QG-NUM-001" in read_json(tmp_path / f"always-{strategy}" / "outcome.json")["message"]
     curves = [[float.fromhex(v) for _, v, s in done.results[f"once-{s}"].losses if not s] for s in strategies]
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
 
 
 def test_after_bad_steps_in_a_row_the_newest_checkpoint_continues(ranks, whole, tmp_path) -> None:

@@ -15,6 +15,7 @@ from quietgoose.train.base_models import load_base
 from quietgoose.train.nano import build_nano
 from quietgoose.train.recipe import BaseSettings, NanoSettings
 
+DRY = "/dry-run-ends"
 COMMIT = "c0ffee" + "0" * 34
 LOAD = """
 import json, sys, urllib.error, urllib.request
@@ -22,14 +23,16 @@ from quietgoose.base.errors import QuietGooseError
 from quietgoose.train.base_models import load_base
 from quietgoose.train.recipe import BaseSettings
 
-def tried(name, revision=None):
+def tried(name, revision=None, meta=False):
     try:
-        found = load_base(BaseSettings(model=name, revision=revision))
+        found = load_base(BaseSettings(model=name, revision=revision), meta=meta)
         return [found.id, found.sha256, found.tokenizer.decode(found.tokenizer("a 12")["input_ids"])]
     except QuietGooseError as error:
         return [error.code, error.message]
 
-said = {"first": tried("owner/tiny"), "missing": tried("owner/none"), "pickled": tried("owner/pickled")}
+said = {"dry": tried("owner/tiny", meta=True)}
+urllib.request.urlopen(sys.argv[1] + "/dry-run-ends")
+said |= {"first": tried("owner/tiny"), "missing": tried("owner/none"), "pickled": tried("owner/pickled")}
 urllib.request.urlopen(sys.argv[1] + "/die").read()
 while True:
     try:
@@ -56,6 +59,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
         self.asked.append(self.path)
+        if parts == ["dry-run-ends"]:
+            return self.answer(b"")
         if parts == ["die"]:
             threading.Thread(target=lambda: (self.server.shutdown(), self.server.server_close())).start()
             return self.answer(b"")
@@ -110,6 +115,11 @@ def test_a_base_by_its_name_on_the_hub(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["first"] == [f"owner/tiny@{COMMIT}", load_base(BaseSettings(model=str(tiny))).sha256, "a 12"]
+    assert said["dry"] == [f"owner/tiny@{COMMIT}", "", "a 12"]
+    before, after = (handler.asked[: handler.asked.index(DRY)], handler.asked[handler.asked.index(DRY) :])
+    assert [sum("model.safetensors" in path for path in part) > 0 for part in (before, after)] == [False, True], (
+        "a dry run fetches no weights"
+    )
     assert said["offline"] == said["first"], "what was fetched once needs no network"
     assert said["by_id"] == said["first"], "an export names its base so"
     assert (said["missing"][0], said["pickled"][0], said["unseen"][0]) == ("QG-CFG-013", "QG-SEC-001", "QG-ENV-005")

@@ -247,27 +247,6 @@ def test_thoughts_of_a_recipe(recipe_file: Path) -> None:
     assert thought_plan(same).stages[0].control == "no_thoughts"
 
 
-def test_one_option_makes_a_recipe_the_experiment_of_a_preset(tmp_path: Path) -> None:
-    """Whatever the recipe says of head, weights and ratios; its sizes stay, and so does what is set beside the preset."""
-    from quietgoose.thoughts.config import PRESETS
-    from quietgoose.train.thought_settings import PRESET_FIELDS, thought_plan
-
-    recipe = ["--config", str(ROOT / "launch" / "recipes" / "thoughts_permutations.yaml"), f"--output={tmp_path}"]
-    as_it_stands = load_recipe(recipe).thoughts
-    assert (as_it_stands.head, as_it_stands.initial_weight) == ("bounded", 0.5)
-    for name, wanted in PRESETS.items():
-        config = thought_plan(load_recipe([*recipe, f"--thoughts.preset={name}"]).thoughts).stages[0]
-        assert [getattr(config, one) for one in PRESET_FIELDS] == [getattr(wanted, one) for one in PRESET_FIELDS]
-        assert (config.tokens, config.samples) == (8, 4)
-    later = tmp_path / "later.yaml"
-    later.write_text("thoughts: {preset: paper, initial_weight: 0.2}\n")
-    config = thought_plan(load_recipe([*recipe, "--config", str(later)]).thoughts).stages[0]
-    assert (config.head, config.initial_weight, config.advantage) == ("paper", 0.2, "one_sided")
-    beside = [*recipe, "--thoughts.preset=paper", "--thoughts.head=bounded", "--thoughts.initial_weight=0.3"]
-    config = thought_plan(load_recipe(beside).thoughts).stages[0]
-    assert (config.head, config.initial_weight, config.advantage) == ("bounded", 0.3, "one_sided")
-
-
 def test_every_problem_is_listed(recipe_file: Path) -> None:
     error = refused("--config", recipe_file, "--experts.rank=0", "--strategy=x", "--base.nano.heads=3")
     assert "4 problems" in str(error)  # the third breaks two rules

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from quietgoose.base.errors import RecipeError
 from quietgoose.routing.expert import Expert, ExpertCard, SiteAdapter
 from quietgoose.routing.library import ExpertLibrary
 from quietgoose.routing.sites import find_sites
@@ -18,6 +19,7 @@ from quietgoose.train import text_memory
 from quietgoose.train.data.attention import model_inputs
 from quietgoose.train.jobs.base import LanguageModelJob
 from quietgoose.train.jobs.thoughts import ThoughtJob
+from quietgoose.train.plan import thought_plan_of
 from quietgoose.train.recipe import DataSettings, ExpertSettings, Recipe, ThoughtSettings
 from quietgoose.train.stages_thoughts import lora_on_top
 from quietgoose.train.text_memory import base_bytes
@@ -138,6 +140,49 @@ def test_a_captured_rollout_keeps_its_buffers_and_a_pool() -> None:
     assert (captured.pool > 0, plain.pool) == (True, 0)
     paused = estimate(recipe_of(capture="auto", control="pause"), SMALL, torch.bfloat16, 4)
     assert (paused.stored, paused.held, paused.pool) == (0, 0, 0)
+
+
+def test_linears_named_in_full_may_lie_in_any_layer() -> None:
+    """The first layers have none of them, so all layers are traced."""
+    shape, targets = {**SMALL, "num_hidden_layers": 4}, ["model.layers.3.self_attn.q_proj"]
+    found = estimate(recipe_of(targets=targets), shape, torch.bfloat16, 4)
+    assert 0 < found.peak < estimate(recipe_of(targets=["q_proj"]), shape, torch.bfloat16, 4).peak, "no graph below it"
+    with pytest.raises(RecipeError, match="CFG-020"):  # nor has any other layer
+        estimate(recipe_of(targets=["model.layers.9.self_attn.q_proj"]), shape, torch.bfloat16, 4)
+
+
+def test_a_router_that_compares_the_experts_is_traced() -> None:
+    """phatgoose_mean asks whether vectors are equal before the first step."""
+    shape, found = {**SMALL, "num_hidden_layers": 2}, []
+    for name in ("phatgoose", "phatgoose_mean"):
+        recipe = recipe_of(24, over="routed")
+        recipe.router.name = name
+        found.append(estimate(recipe, shape, torch.bfloat16, 2, 3))
+    assert found[0] == found[1]
+
+
+class Picking(torch.nn.Module):
+    """As experts of a mixture do, it takes as many numbers as there are of a kind: a shape that only numbers tell."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x[x > 0].sum() * 0
+
+
+@pytest.mark.parametrize("capture", ["auto", "never"])
+def test_a_model_that_cannot_run_without_numbers_is_estimated_by_formula(capture: str) -> None:
+    recipe, rows = recipe_of(capture=capture), 12
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    traced = thought_plan_of(recipe, rows, rows, model)
+    model.model.norm = Picking()
+    rough = thought_plan_of(recipe, rows, rows, model)
+    assert traced is not None
+    assert rough is not None
+    assert traced.untraced == ""
+    assert "DynamicOutputShapeException" in rough.untraced
+    assert (rough.thoughts, rough.tokens) == (traced.thoughts, traced.tokens)
+    assert rough.memory.stored == pytest.approx(traced.memory.stored, rel=0.01), "fp32 here"
+    assert 0.3 < rough.memory.peak / traced.memory.peak < 1.2
 
 
 def test_an_estimated_step_of_the_base_is_the_step_that_is_taken() -> None:

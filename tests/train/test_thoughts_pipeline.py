@@ -114,6 +114,7 @@ def test_the_dry_run_knows_what_a_step_thinks() -> None:
     assert stage("--thoughts.limit=5").thoughts.thoughts == 2 * 5 * 4
     assert stage("--thoughts.trainable=embeddings").trainable == 2 * width + head
     assert stage("--thoughts.trainable=full").frozen == 0
+    assert stage("--experts.targets=[nothing]").trainable == found.trainable, "a recipe without experts has no sites"
     control = stage("--thoughts.control=no_thoughts")
     assert (control.trainable, control.thoughts) == (lora, None)
     assert stage("--thoughts.control=same_compute").steps == -(-3 * (4 * 3 + 3 * (1 + 4 * 4)) // 3)
