@@ -59,6 +59,7 @@ def _replay(
     key = prefix.keys[0]
     slots = (rows_, key.shape[1], count, samples, tokens, key.shape[3])
     store = ThoughtStore(config.rollout_cache, len(prefix.keys), slots, key.dtype, key.device)
+    store.measure(prefix.keys, prefix.values)
     position_BA = first_position(rows, anchors)
     start_BAS1 = torch.full_like(thoughts.tokens_BAST[..., :1], START)
     fed_BAST = torch.cat([start_BAS1, thoughts.tokens_BAST[..., :-1]], -1)

@@ -169,6 +169,7 @@ class _Stepper:
         """What one rollout reads: by reference, or copied to where the captured step reads."""
         self.seed.copy_(seed)
         prefix = prefix.detach()
+        self.store.measure(prefix.keys, prefix.values)
         if not self.capture:
             self.tensors, self.prefix = tensors, prefix
             return

@@ -1,11 +1,14 @@
 """Keys and values of thoughts while they are sampled: static buffers, one slot a position, exact or in few bits.
 
 The gradient pass never reads them. Quantised, each token and head has its own fp16 scale, so appending a position never
-touches an earlier one and nothing is quantised twice; one layer at a time is turned back for its attention.
+touches an earlier one and nothing is quantised twice; one layer at a time is turned back for its attention. Keys have channels
+far from zero and far larger than others (KIVI, arXiv 2402.02750), which would take the few steps of all channels: numbers are
+therefore taken less the text's mean and over its spread, channel by channel, before they are rounded (`measure`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +22,23 @@ LEVELS: dict[str, int] = {"int8": 127, "int4": 7}
 
 @dataclass(frozen=True)
 class Codes:
-    """One buffer. exact: values [B, K, A, S, N, C]; else codes int8 [.., C] (int4: [.., C / 2]) and scales [.., 1]."""
+    """One buffer. exact: values [B, K, A, S, N, C]; else codes int8 [.., C] (int4: [.., C / 2]), scales [.., 1], and the text's
+    mean and spread of each channel, [B, K, 1, 1, 1, C]."""
 
     values: Tensor
-    scales: Tensor | None
+    scales: Tensor | None = None
+    centre: Tensor | None = None
+    spread: Tensor | None = None
+
+    def measure(self, text_BKLC: Tensor) -> None:
+        """Mean and spread of the text's channels. A channel that hardly moves in it counts as moving a tenth of the others, so
+        that it does not take all steps where a thought moves it."""
+        if self.centre is None or self.spread is None:
+            return
+        var_BKC, mean_BKC = torch.var_mean(text_BKLC.to(self.centre.dtype), dim=2, correction=0)
+        floor_BK1 = 1e-2 * var_BKC.mean(-1, keepdim=True) + 1e-4 * mean_BKC.square().mean(-1, keepdim=True)
+        self.centre.copy_(mean_BKC.view_as(self.centre))
+        self.spread.copy_((var_BKC + floor_BK1 + 1e-8).sqrt().view_as(self.spread))
 
 
 class ThoughtStore:
@@ -43,6 +59,11 @@ class ThoughtStore:
         self._keys = [self._empty(shape, device) for _ in range(layers)]
         self._values = [self._empty(shape, device) for _ in range(layers)]
 
+    def measure(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """The text's keys and values [B, K, L, C] of every layer, before a rollout. What was appended before is void."""
+        for codes, text_BKLC in zip((*self._keys, *self._values), (*keys, *values), strict=True):
+            codes.measure(text_BKLC)
+
     def append(self, layer: int, slot: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write key and value [B, K, A, S, 1, C] into `slot` (int64, one element, on the device); the layer's keys and
         values [B, K, A, S, N, C]. Slots not written yet hold zeros or an earlier rollout's numbers."""
@@ -51,30 +72,33 @@ class ThoughtStore:
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        tensors = [t for codes in (*self._keys, *self._values) for t in (codes.values, codes.scales) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        buffers = [t for codes in (*self._keys, *self._values) for t in vars(codes).values() if t is not None]
+        return sum(t.numel() * t.element_size() for t in buffers)
 
     def _empty(self, shape: tuple[int, ...], device: torch.device) -> Codes:
         if self.kind == "exact":
-            return Codes(torch.zeros(shape, dtype=self.dtype, device=device), None)
+            return Codes(torch.zeros(shape, dtype=self.dtype, device=device))
         width = shape[-1] // (2 if self.kind == "int4" else 1)
         scale_dtype = torch.float32 if self.dtype == torch.float64 else torch.float16
+        frame = (*shape[:2], 1, 1, 1, shape[-1])
         return Codes(
             torch.zeros(*shape[:-1], width, dtype=torch.int8, device=device),
             torch.zeros(*shape[:-1], 1, dtype=scale_dtype, device=device),
+            torch.zeros(frame, dtype=torch.float32, device=device),
+            torch.ones(frame, dtype=torch.float32, device=device),
         )
 
     def _put(self, codes: Codes, slot: Tensor, x: Tensor) -> Tensor:
-        if codes.scales is None:
+        if codes.scales is None or codes.centre is None or codes.spread is None:
             codes.values.index_copy_(4, slot, x.to(self.dtype))
             return codes.values
-        levels = LEVELS[self.kind]
-        scale = (x.float().abs().amax(-1, keepdim=True) / levels).clamp_min(1e-6).to(codes.scales.dtype)
-        steps = (x.float() / scale.float()).round().clamp(-levels, levels).to(torch.int8)
+        levels, own = LEVELS[self.kind], (x.float() - codes.centre) / codes.spread
+        scale = (own.abs().amax(-1, keepdim=True) / levels).clamp(1e-6, 6e4).to(codes.scales.dtype)
+        steps = (own / scale.float()).round().clamp(-levels, levels).to(torch.int8)
         codes.scales.index_copy_(4, slot, scale)
         codes.values.index_copy_(4, slot, _pack(steps) if self.kind == "int4" else steps)
         stored = _unpack(codes.values) if self.kind == "int4" else codes.values
-        return (stored.to(torch.float32) * codes.scales.float()).to(self.dtype)
+        return (stored.to(torch.float32) * codes.scales.float() * codes.spread + codes.centre).to(self.dtype)
 
 
 def _pack(steps: Tensor) -> Tensor:
