@@ -62,7 +62,7 @@ cache() {  # 16 minutes
 }
 quality() {  # 5 minutes; TEXT
   run quality 330 python benchmarks/kv_quality.py --model "$model" --text "${TEXT:?a text file or folder}" --stages text retrieval \
-    --methods "zip quality" "layers 7 18" "s16 r128 queries" --budget-seconds 300 --out "$out/quality"
+    --methods "zip quality" "layers 7 18" "layers 18 23" "s16 r128 queries" --budget-seconds 300 --out "$out/quality"
 }
 thoughts() {  # 8 minutes, and 4 to 6 a seed of `permutations`
   bench thought_attention 150 thought_attention

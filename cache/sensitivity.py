@@ -5,8 +5,8 @@
 
 One layer is packed at a time, all others stay at 16 bits, and what the model predicts after the packed prompt is compared with
 what it predicts with nothing packed. Layers 7 and 18 of SmolLM2-135M's thirty at 16 bits bring the retrieval that `quality` loses
-from 2.6 points to 1.3 for 0.5 to 0.7 bits a number (docs/results.md); on Wikipedia text this names 8 and 18 (docs/log.md), whose
-retrieval was not measured. It costs a forward pass a layer on a text of the user's.
+from 2.6 points to 1.3 for 0.5 to 0.7 bits a number (docs/results.md). This names 18 and 23 on lookups and 8 and 18 on Wikipedia text:
+take text of the kind the cache is for. It costs a forward pass a layer.
 Source: ours; that a few layers carry most of the loss is KVTuner's observation (arXiv 2502.04420).
 """
 
