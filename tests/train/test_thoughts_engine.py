@@ -76,7 +76,7 @@ def close(result, losses: list[dict[str, float]], trained: dict[str, float], wha
     assert result.frozen[0] == result.frozen[1], f"{what}: something frozen moved"
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_one_curve_for_every_stage_and_world_size(ranks, tools, sharded, world: int) -> None:
     kinds = {"plain": {}, "routed": {"over": "routed"}}
     strategies = ("zero0", "zero1", "zero2", sharded)
@@ -154,6 +154,7 @@ def test_statistics_do_not_depend_on_the_number_of_processes(ranks) -> None:
     assert all(math.isfinite(value) for value in one.extra[0].values())
 
 
+@pytest.mark.slow  # test_pipeline.py kills a thoughts stage too; here under every strategy
 def test_killed_and_continued_is_the_same_bit_for_bit(ranks, sharded) -> None:
     """kill -9 inside a step and while saving, then the same command again: losses, norms and trained tensors."""
     kills = {"zero2": ("micro", 1, 5), "sharded": ("save.writing", 0, 6), "zero0": ("step", 0, 4)}
