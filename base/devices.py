@@ -1,8 +1,10 @@
-"""Which device a user means, refused before anything is loaded if this machine has not got it. Callers: train/export.py, launch/."""
+"""Which device a user means, refused before anything is loaded if this machine has not got it (train/export.py, launch/), and where
+a model lies, which a captured step depends on (cache/decode.py, thoughts/rollout.py)."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from .errors import RecipeError
 
@@ -31,3 +33,8 @@ def usable_device(wanted: str | torch.device | None = None, option: str = "devic
             code="CFG-082",
         )
     return device
+
+
+def addresses(model: nn.Module) -> tuple[int, ...]:
+    """Where parameters and buffers lie: what a captured step reads in place, and must be captured anew for when it changes."""
+    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))

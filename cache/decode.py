@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..base.devices import addresses
 from ..base.errors import RecipeError
 from .decode_fuse import Fuse, fused_forward
 from .decode_linear import came_apart, join_projections, restore_linears, stream_linears
@@ -226,7 +227,7 @@ class CompiledDecode:
                 "and compile_decode again after it",
                 code="CFG-047",
             )
-        found = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
+        found = addresses(self.model)
         if found != self._weights:
             self._weights, self._graph, self._warm = found, None, 0
 

@@ -55,16 +55,13 @@ def _replay(
 ) -> None:
     """The rollout's steps over what it drew, uncaptured (rollout.py)."""
     anchors = replace(thoughts.anchors, consecutive_from=None)
-    rows_, count, samples, tokens = thoughts.tokens_BAST.shape
-    key = prefix.keys[0]
-    slots = (rows_, key.shape[1], count, samples, tokens, key.shape[3])
-    store = ThoughtStore(config.rollout_cache, len(prefix.keys), slots, key.dtype, key.device)
+    store = ThoughtStore.over(prefix, config, anchors.count)
     store.measure(prefix.keys, prefix.values)
     position_BA = first_position(rows, anchors)
     start_BAS1 = torch.full_like(thoughts.tokens_BAST[..., :1], START)
     fed_BAST = torch.cat([start_BAS1, thoughts.tokens_BAST[..., :-1]], -1)
     for number, token_BAS in enumerate(fed_BAST.unbind(-1)):
-        step = torch.full((1,), number, dtype=torch.int64, device=key.device)
-        state = BranchState.over(prefix, anchors, samples, store=store, step=step)
+        step = torch.full((1,), number, dtype=torch.int64, device=start_BAS1.device)
+        state = BranchState.over(prefix, anchors, config.samples, store=store, step=step)
         with policy.bind(tensors):
             run_branches(policy.model, tensors.thought, state, token_BAS.unsqueeze(-1), position_BA + step)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..base.devices import addresses
 from ..base.errors import QuietGooseError, RecipeError
 from ..base.randomness import draw_seed, uniform
 from ..kernels.linear_loss import num_pieces, scores
@@ -142,7 +143,7 @@ class _Stepper:
         self.policy, self.config, self.greedy, self.capture = policy, config, greedy, capture
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0
-        self.places: list[int] = []
+        self.places: tuple[int, ...] = ()
         self.tensors: PolicyTensors | None = None
         self.prefix: Prefix | None = None
         device, key = anchors.index_BA.device, prefix.keys[0]
@@ -162,8 +163,7 @@ class _Stepper:
         )
         self.samples_S = torch.arange(config.samples, device=device)
         self.banned = banned_tokens(config, language_head(policy.model), device)
-        slots = (rows, key.shape[1], count, config.samples, config.tokens, key.shape[3])
-        self.store = ThoughtStore(config.rollout_cache, len(prefix.keys), slots, key.dtype, device)
+        self.store = ThoughtStore.over(prefix, config, count)
 
     def load(self, tensors: PolicyTensors, prefix: Prefix, seed: Tensor) -> None:
         """What one rollout reads: by reference, or copied to where the captured step reads."""
@@ -176,19 +176,16 @@ class _Stepper:
         if self.tensors is None or self.prefix is None:
             self.tensors = tensors.with_flat([_static(t) for t in tensors.flat()])
             self.prefix = prefix.with_flat([t.clone() for t in prefix.flat()])
-            self.places = self._places()
+            self.places = addresses(self.policy.model)
             return
         pairs = [*zip(self.tensors.flat(), tensors.flat()), *zip(self.prefix.flat(), prefix.flat())]
         for mine, new in pairs:
             if mine is not new:
                 mine.copy_(new.detach())
-        if (places := self._places()) != self.places:  # what was captured reads memory that is no longer theirs
+        if (
+            places := addresses(self.policy.model)
+        ) != self.places:  # what was captured reads memory that is no longer theirs
             self.places, self.graph, self.warm = places, None, 0
-
-    def _places(self) -> list[int]:
-        """Where everything lies that a captured step reads in place."""
-        model = self.policy.model
-        return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
     def run(self, anchors: Anchors, rows: Rows) -> tuple[Tensor, Tensor]:
         """All T steps: tokens and log-probabilities [B, A, S, T]."""

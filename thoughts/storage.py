@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..base.errors import RecipeError
-from .config import RolloutCache
+from .config import RolloutCache, ThoughtConfig
+from .types import Prefix
 
 LEVELS: dict[str, int] = {"int8": 127, "int4": 7}
 
@@ -58,6 +59,13 @@ class ThoughtStore:
         self.kind, self.dtype = kind, dtype
         self._keys = [self._empty(shape, device) for _ in range(layers)]
         self._values = [self._empty(shape, device) for _ in range(layers)]
+
+    @classmethod
+    def over(cls, prefix: Prefix, config: ThoughtConfig, anchors: int) -> ThoughtStore:
+        """For the thoughts of so many anchors a row of the prefix, on its device and in its dtype."""
+        key = prefix.keys[0]
+        shape = (key.shape[0], key.shape[1], anchors, config.samples, config.tokens, key.shape[3])
+        return cls(config.rollout_cache, len(prefix.keys), shape, key.dtype, key.device)
 
     def measure(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """The text's keys and values [B, K, L, C] of every layer, before a rollout. What was appended before is void."""

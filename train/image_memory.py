@@ -12,12 +12,11 @@ import dataclasses
 import warnings
 
 import torch
-from torch import Tensor
 
 from ..alignment.backbone import build_backbone
 from .data.image_steps import AlignBatch
 from .jobs.urepa import TeacherShape, UrepaJob
-from .living_bytes import Shapes, peak_bytes
+from .living_bytes import Shapes, drop_gradients, peak_bytes
 from .recipe_images import UrepaSettings
 
 
@@ -38,10 +37,5 @@ def step_bytes(
         numbers = torch.zeros(rows, dtype=torch.int64)
         batch = AlignBatch(torch.zeros(rows, *shape), numbers, numbers.clone(), tokens)
         there = [*job.parameters(), *job.buffers(), *(t for t in vars(batch).values() if t is not None)]
-        for weight in job.parameters():
-            weight.register_post_accumulate_grad_hook(_drop_gradient)
+        drop_gradients(job)
         return peak_bytes(lambda: job(batch).total.backward(), there)
-
-
-def _drop_gradient(weight: Tensor) -> None:
-    weight.grad = None

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -71,3 +71,14 @@ def peak_bytes(step: Callable[[], Any], before: Any) -> int:
         living.before(before)
         step()
     return living.peak
+
+
+def drop_gradients(job: nn.Module) -> None:
+    """Let go of every gradient as soon as it is whole: those are counted with the optimizer."""
+    for parameter in job.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -23,7 +23,7 @@ from ..base.errors import DataError, QuietGooseError
 from .checks import expert_names, trains
 from .image_checks import draws_images
 from .recipe import Recipe, RowTrainSettings, TrainSettings
-from .thought_settings import BASE, rollout_anchors, thought_plan, training_steps
+from .thought_settings import BASE, thought_plan, training_steps
 
 if TYPE_CHECKING:
     from ..thoughts.config import ThoughtConfig
@@ -159,19 +159,14 @@ def thought_plan_of(recipe: Recipe, rows: int, rows_here: int, model: Any) -> Th
 
 def _thoughts_by_formula(recipe: Recipe, config: Any, stages: Sequence[ThoughtConfig], rows: int) -> ThoughtBytes:
     """Keys and values of the thoughts, and activations of the prefix and of a chunk of branches: half of what is held at times."""
-    from ..thoughts.anchors import anchors_in_row
-    from .thought_memory import ThoughtBytes, chunk_of
+    from .thought_memory import ThoughtBytes, chunk_of, rolled_out
 
     length, bytes_each = recipe.data.sequence_length, DTYPE_BYTES[recipe.base.dtype]
     layers, width = config.num_hidden_layers, config.hidden_size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     entry = 2 * layers * heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads) * bytes_each
     share = {"exact": 1.0, "int8": 1 / bytes_each, "int4": 0.5 / bytes_each}[recipe.thoughts.rollout_cache]
-    at_once = [
-        min(anchors_in_row(one, length), rollout_anchors(recipe.thoughts, one)) * one.samples * one.tokens
-        for one in stages
-    ]
-    stored = int(rows * max(at_once) * entry * share)
+    stored = int(rows * max(rolled_out(recipe, one) * one.samples * one.tokens for one in stages) * entry * share)
     chunk = max(chunk_of(recipe, one) * one.samples * one.branch_length for one in stages)
     active = activation_bytes(rows * (length + chunk), layers, width, bytes_each, False)
     captured = recipe.thoughts.capture == "auto"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..base.errors import QuietGooseError
 from .data.attention import model_inputs
 from .jobs.base import LanguageModelJob
-from .living_bytes import LivingBytes, Shapes
+from .living_bytes import LivingBytes, Shapes, drop_gradients
 from .types import Batch
 
 FEW = 1
@@ -77,17 +77,6 @@ def shapes_of_batch(rows: int, length: int) -> Batch:
     """A micro-batch without numbers."""
     whole = torch.zeros(rows, length, dtype=torch.int64)
     return Batch(whole, whole.clone(), whole.clone(), whole.clone(), whole[:, 0].clone(), whole[:, 0].clone())
-
-
-def drop_gradients(job: nn.Module) -> None:
-    """Let go of every gradient as soon as it is whole: those are counted with the optimizer."""
-    for parameter in job.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_drop)
-
-
-def _drop(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _measured(model: nn.Module, measure: Measure) -> tuple[int, ...]:

@@ -36,9 +36,10 @@ from ..thoughts.rollout import rollout
 from ..thoughts.storage import ThoughtStore
 from ..thoughts.types import TERMS, Anchors, Thoughts
 from .jobs.thoughts import ThoughtJob
+from .living_bytes import drop_gradients
 from .recipe import Recipe
 from .stages_thoughts import lora_on_top
-from .text_memory import Answered, drop_gradients, over_layers, shapes_of_batch
+from .text_memory import Answered, over_layers, shapes_of_batch
 from .thought_model import attach_below, hidden_size
 from .thought_settings import BASE, ONE, ROUTED, final_config, rollout_anchors
 from .types import Batch
@@ -151,10 +152,7 @@ def _sampling(policy: Policy, batch: Batch, recipe: Recipe, config: ThoughtConfi
     if config.control in NOT_SAMPLED:
         return _Parts(0, 0, graph, 0, 0)
     together = _thoughts(config, len(batch.tokens_BT), rolled_out(recipe, config))
-    key = prefix.keys[0]
-    rows, anchors, samples, tokens = together.tokens_BAST.shape
-    slots = (rows, key.shape[1], anchors, samples, tokens, key.shape[3])
-    stored = ThoughtStore(config.rollout_cache, len(prefix.keys), slots, key.dtype, key.device).nbytes()
+    stored = ThoughtStore.over(prefix, config, together.anchors.count).nbytes()
     once = replace(config, tokens=1)
     pool = (
         living.most(lambda: rollout(policy, tensors, prefix, batch, together.anchors, once)) - stored // config.tokens

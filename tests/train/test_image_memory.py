@@ -9,10 +9,12 @@ import torch
 from quietgoose.alignment.backbone import build_backbone
 from quietgoose.alignment.model_settings import AlignSettings, BackboneSettings
 from quietgoose.train.data.image_steps import AlignBatch
-from quietgoose.train.image_memory import peak_bytes, step_bytes
+from quietgoose.train.image_memory import step_bytes
 from quietgoose.train.jobs.urepa import TeacherShape, UrepaJob
+from quietgoose.train.living_bytes import drop_gradients, peak_bytes
 from quietgoose.train.recipe_images import UrepaSettings
-from torch.profiler import ProfilerActivity, profile
+
+from .allocator import allocator_peak
 
 SHAPE, ROWS, CLASSES = (3, 16, 16), 12, 5
 TEACHER = TeacherShape(24, (8, 8))
@@ -22,22 +24,14 @@ SMALL = BackboneSettings(preset="nano", patch=2)
 def allocated(settings: UrepaSettings, teacher: TeacherShape | None) -> int:
     """The allocator's peak above where it stood, in a step with numbers; gradients of weights are let go at once."""
     job = UrepaJob(build_backbone(settings.backbone, SHAPE, CLASSES, 0), settings, 100, 0, teacher)
-    for weight in job.parameters():
-        weight.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
+    drop_gradients(job)
     generator = torch.Generator().manual_seed(0)
     tokens = None if teacher is None or teacher.own else torch.randn(ROWS, 64, 24, generator=generator)
     images = torch.randn(ROWS, *SHAPE, generator=generator)
     batch = AlignBatch(images, torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS), tokens)
     job.begin_step(0, torch.ones(len(job.names)))
     job(batch).total.backward()  # what is made once and kept (tables of positions) is there now
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        job(batch).total.backward()
-    now = peak = 0
-    for event in sorted(seen.profiler.kineto_results.events(), key=lambda one: one.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+    return allocator_peak(lambda: job(batch).total.backward())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from quietgoose.train import text_memory
 from quietgoose.train.data.attention import model_inputs
 from quietgoose.train.jobs.base import LanguageModelJob
 from quietgoose.train.jobs.thoughts import ThoughtJob
+from quietgoose.train.living_bytes import drop_gradients
 from quietgoose.train.plan import thought_plan_of
 from quietgoose.train.recipe import DataSettings, ExpertSettings, Recipe, ThoughtSettings
 from quietgoose.train.stages_thoughts import lora_on_top
@@ -27,8 +28,9 @@ from quietgoose.train.thought_memory import ThoughtBytes, thought_bytes
 from quietgoose.train.thought_model import attach_below
 from quietgoose.train.thought_settings import final_config, thought_plan
 from quietgoose.train.types import Batch
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from .allocator import allocator_peak
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -91,18 +93,6 @@ def take(job: ThoughtJob, batch: Batch, step: int) -> None:
     job(batch).total.backward()
 
 
-def asked_for(step: Any) -> int:
-    """The allocator's peak on the CPU above where it stood."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    now = peak = 0
-    for event in sorted(seen.profiler.kineto_results.events(), key=lambda one: one.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
 CASES = [
     ({}, torch.bfloat16, 0),
     ({"over": "routed"}, torch.bfloat16, 3),
@@ -114,9 +104,9 @@ CASES = [
 def test_an_estimated_step_is_the_step_that_is_taken(thoughts: dict, dtype: torch.dtype, experts: int) -> None:
     recipe, rows = recipe_of(**thoughts), 12
     job, batch = job_of(recipe, SMALL, dtype, "cpu", experts), batch_of(rows, 48, SMALL["vocab_size"], "cpu")
-    text_memory.drop_gradients(job)
+    drop_gradients(job)
     take(job, batch, 1)  # what is made once and kept is there now
-    measured = asked_for(lambda: take(job, batch, 1))
+    measured = allocator_peak(lambda: take(job, batch, 1))
     told = estimate(recipe, SMALL, dtype, rows, experts)
     assert told.pool == told.held == 0, "nothing is captured"
     assert told.peak == pytest.approx(measured, rel=0.06)
@@ -188,9 +178,9 @@ def test_a_model_that_cannot_run_without_numbers_is_estimated_by_formula(capture
 def test_an_estimated_step_of_the_base_is_the_step_that_is_taken() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     job, batch = LanguageModelJob(model, model_inputs), batch_of(16, 48, SMALL["vocab_size"], "cpu")
-    text_memory.drop_gradients(job)
+    drop_gradients(job)
     job(batch).sum_E.sum().backward()
-    measured = asked_for(lambda: job(batch).sum_E.sum().backward())
+    measured = allocator_peak(lambda: job(batch).sum_E.sum().backward())
     with torch.device("meta"):
         shapes = LlamaForCausalLM(LlamaConfig(**SMALL))
     assert base_bytes(shapes, 16, 48) == pytest.approx(measured, rel=0.05)
@@ -228,7 +218,7 @@ def test_the_estimate_holds_on_a_gpu(name: str, record_property: Any) -> None:
     told = estimate(recipe, shape, torch.bfloat16, 16, experts)
     job = job_of(recipe, shape, torch.bfloat16, "cuda", experts)
     assert isinstance(job.graphs, RolloutGraphs)
-    text_memory.drop_gradients(job)
+    drop_gradients(job)
     batch = batch_of(16, 256, shape["vocab_size"], "cuda")
     gc.collect()
     torch.cuda.empty_cache()
