@@ -170,6 +170,8 @@ class CompiledDecode:
             if last or (looks and bool(finished.all())):
                 break
             logits = self.step(token)
+            if ends is not None:
+                self._uncount(finished)
         out = torch.cat([input_ids.to(self.device), _without_tail(made[:, : index + 1], ends)], 1)
         self._drop(self.cache.get_seq_length() - (out.shape[1] - 1))  # the last token of all is not stored either
         return out
@@ -180,8 +182,14 @@ class CompiledDecode:
         assert self._target is not None
         return self._target.is_full()
 
+    def _uncount(self, finished: Tensor) -> None:
+        """The step just made leaves no saliency evidence if all rows had ended before it, which the device knows."""
+        assert self._target is not None
+        self._target.uncount(finished)
+
     def _drop(self, columns: int) -> None:
-        """Take back steps made before the host saw that all rows had ended: what is stored is what is returned."""
+        """Take back steps made before the host saw that all rows had ended: what is stored, and the evidence from which it
+        will be packed, are those of the text that is returned."""
         assert self._target is not None
         if columns > 0:
             self._target.drop(columns)

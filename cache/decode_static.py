@@ -207,6 +207,9 @@ class StaticKV(Cache):
         if self.valid is not None:
             self.valid = torch.nn.functional.pad(self.valid, (0, 1), value=True)
 
+    def uncount(self, finished: Tensor) -> None:
+        """Keys and values only: no query leaves anything."""
+
     def drop(self, columns: int) -> None:
         assert self.lengths is not None
         self.lengths.sub_(columns)

@@ -47,6 +47,10 @@ class Decodable(Protocol):
     def after_step(self) -> None:
         """Host mirrors after a step; a replay runs no Python, so this is where they advance."""
 
+    def uncount(self, finished: Tensor) -> None:
+        """The step just made is no evidence if all of `finished` (bool [B], on the device) is true: `drop` will take it back,
+        and the host does not know yet. Between steps, without synchronisation."""
+
     def drop(self, columns: int) -> None:
         """Forget the last `columns` columns, all of them made by steps; between steps."""
 

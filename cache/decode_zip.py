@@ -66,7 +66,13 @@ class ZipDecodable:
         for state in self.states:
             state.advance(1)
 
+    def uncount(self, finished: Tensor) -> None:
+        accepted = [state.saliency.accepted for state in self.states if state.saliency is not None]
+        if accepted:
+            torch._foreach_mul_(accepted, (~finished).any().to(torch.int32))  # one launch for all layers
+
     def drop(self, columns: int) -> None:
+        """What their queries added is undone for the last of them; the others are to be uncounted beforehand."""
         for state in self.states:
             state.crop(columns)
 

@@ -209,7 +209,7 @@ class ZipLayer(CacheLayerMixin):
         for start in range(0, query.shape[2], step):
             part = slice(start, start + step)
             state.append(key[:, :, part], value[:, :, part], None if valid is None else valid[:, part])
-            outs.append(state.attend(query[:, :, part], scaling=scaling))
+            outs.append(state.attend(query[:, :, part], scaling=scaling, follows=start > 0))
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
         return out.transpose(1, 2).contiguous()
 

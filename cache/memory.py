@@ -88,6 +88,9 @@ def tail_bytes(window: TailWindow) -> Bytes:
         sums = _size(window.buffers.total) + _size(window.buffers.pending) + _size(window.count)
         saliency = sums * used // width + _size(window.buffers.accepted)
     allocated = _storage(window.tensors().values())
+    for call in window.calls:
+        kept = vars(call.before).values()
+        saliency, allocated = saliency + sum(map(_size, kept)), allocated + _storage(kept)
     total = part + saliency
     return Bytes(tail=part, saliency=saliency, total=total, unused_capacity=allocated - total)
 

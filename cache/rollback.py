@@ -7,30 +7,20 @@
     roll_back(cache, marked, columns=9, queries=1)
 
 A crop alone would keep what the queries of the tried tokens added to the saliency of the others: `LayerState.crop` undoes
-the last forward only. Layers of transformers have no such evidence. Caller: thoughts/generation.py.
+those of the last forward only. Layers of transformers have no such evidence. Caller: thoughts/generation.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..base.errors import RecipeError
 from ..kernels.cached_attention import SaliencyBuffers
 from .hf_layer import ZipLayer
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The saliency buffers of one layer's tail (cache/tail.py) as they were at a mark."""
-
-    total: Tensor
-    pending: Tensor
-    accepted: Tensor
+from .tail import copied, put_back
 
 
 def reserve(cache: Cache, columns: int) -> None:
@@ -50,15 +40,12 @@ def reserve(cache: Cache, columns: int) -> None:
             state.flush()
 
 
-def mark(cache: Cache) -> list[Evidence | None]:
-    """What `roll_back` needs, a layer each; None where a layer has no saliency."""
-    return [
-        None if (b := _buffers(layer)) is None else Evidence(*(x.clone() for x in vars(b).values()))
-        for layer in cache.layers
-    ]
+def mark(cache: Cache) -> list[SaliencyBuffers | None]:
+    """What `roll_back` needs, the saliency buffers of each layer's tail as they are now; None where it has none."""
+    return [None if (buffers := _buffers(layer)) is None else copied(buffers) for layer in cache.layers]
 
 
-def roll_back(cache: Cache, marked: Sequence[Evidence | None], *, columns: int, queries: int) -> None:
+def roll_back(cache: Cache, marked: Sequence[SaliencyBuffers | None], *, columns: int, queries: int) -> None:
     """Drop the last `columns` columns, of which the first `queries` were in the forward before the mark, its last ones.
 
     These queries, and all after the mark, no longer count as probes; the forward's other queries do. Nothing may have
@@ -71,8 +58,7 @@ def roll_back(cache: Cache, marked: Sequence[Evidence | None], *, columns: int, 
             layer.crop(-columns)
             continue
         layer.crop(queries - columns)
-        for kept, now in zip(vars(evidence).values(), vars(buffers).values(), strict=True):
-            now.copy_(kept)
+        put_back(buffers, evidence)
         layer.crop(-queries)
 
 

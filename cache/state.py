@@ -190,6 +190,10 @@ class LayerState:
     def advance(self, queries: int = 1, *, attended: bool = True) -> None:
         """Host work after a write; `attended` says that the same (replayed) step called `attend`."""
         self.window.used += queries
+        if attended:
+            self.window.begin_call(queries, follows=False)
+        else:
+            self.window.unseen += queries
         self.window.blank = False  # a replayed step wrote to it
         self.window.evident |= attended
 
@@ -212,12 +216,14 @@ class LayerState:
     # attending -------------------------------------------------------------------------------------------------
 
     @stateful
-    def attend(self, query: Tensor, *, scaling: float) -> Tensor:
+    def attend(self, query: Tensor, *, scaling: float, follows: bool = False) -> Tensor:
         """Attention of the last q appended columns over everything up to themselves: [B,H,q,D] -> [B,H,q,D].
 
         Query i sees columns up to its own. Updates the saliency of the tail; the contributions of this call are final
-        only when the next one comes, so that `crop` can undo them.
+        only when the next one comes, so that a `crop` right after it can undo them. `follows`: this call and the one before
+        are parts of one forward, which a crop can undo as a whole.
         """
+        self.window.begin_call(query.shape[2], follows)
         self.window.evident, self.window.blank = True, False
         return reading.attend(self.history, self.window, query, scaling=scaling)
 
@@ -245,8 +251,14 @@ class LayerState:
     def crop(self, count: int) -> None:
         """Drop the last `count` columns: from the tail, then from what is packed, by rank. Nothing is re-quantised.
 
-        What rejected queries added to the saliency is undone for the last call of `attend`. A crop inside a flush, where
-        heads keep different numbers of salient tokens, leaves the arenas as they are and opens new ones behind them.
+        What dropped queries added to the saliency of columns that stay is undone for those of the last call of `attend`, and
+        of the calls that it follows without a flush between. Queries of earlier forwards stay in the sums, which no longer
+        tell them apart, and do not count as probes: after a crop of columns that came in several forwards, the mean
+        attention of what stays in the window is too high until it is packed. To take back several forwards exactly, use
+        `mark` and `roll_back` (cache/rollback.py).
+
+        A crop inside a flush, where heads keep different numbers of salient tokens, leaves the arenas as they are and opens
+        new ones behind them.
         """
         self._may_change("crop")
         if not 0 <= count <= self.seq_length:

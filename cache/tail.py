@@ -7,11 +7,15 @@ read it, graphs replay it) and is mirrored on the host (it is the same for all r
 
 Evidence of a slot: `total` attention from `count` probe rows. Decoded tokens are all probes; what is here counts only the
 rows before `decode_from`, the others follow from the slots themselves when the window is flushed. Caller: cache/state.py.
+
+The buffers tell apart the queries of the last call of attention only. Where one forward takes several calls, the buffers
+as they were before each later one are kept (`Call`) until the next forward or flush, so that `drop` can go back to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +24,14 @@ from ..kernels.cached_attention import MAX_QUERY, SaliencyBuffers, Tail
 from ..kernels.quantize.layout import zeros_together
 from .policy import Policy
 from .store import Shape
+
+
+@dataclass
+class Call:
+    """A later call of a forward that takes several: its queries that are still there, the buffers before it."""
+
+    queries: int
+    before: SaliencyBuffers
 
 
 class TailWindow:
@@ -43,6 +55,8 @@ class TailWindow:
         )
         if self.sinks:
             self.tail.valid[:, : self.sinks] = 0
+        self.calls: list[Call] = []  # of the last forward, without its first; at most three (cache/hf_layer.py)
+        self.unseen = 0  # last columns that were written, and whose own queries no call of attention has had
         self.buffers = SaliencyBuffers(*made[:3]) if made else None
         self.count: Tensor | None = made[3] if made else None
 
@@ -65,6 +79,7 @@ class TailWindow:
 
     def _forget(self) -> None:
         """No evidence, on the device."""
+        self.calls, self.unseen = [], 0
         if self.buffers is not None and self.count is not None:
             torch._foreach_zero_([self.buffers.total, self.buffers.pending, self.count])
             self.buffers.accepted.zero_()
@@ -101,12 +116,28 @@ class TailWindow:
             self.tail.valid.index_copy_(1, slots, valid.to(torch.uint8))
         self.tail.length.add_(queries)
 
+    def begin_call(self, queries: int, follows: bool) -> None:
+        """Before attention of `queries` queries; `follows`: the call before belongs to the same forward."""
+        self.unseen = 0
+        if not follows or self.buffers is None:
+            self.calls = []
+        else:
+            self.calls.append(Call(queries, copied(self.buffers)))
+
     def drop(self, columns: int, rejected: int) -> None:
-        """Forget the last `columns` of the window; the last `rejected` queries no longer count as probes."""
+        """Forget the last `columns` of the window; the queries of the last `rejected` columns no longer count as probes."""
+        without = min(self.unseen, rejected)
+        self.unseen, rejected = self.unseen - without, rejected - without
         self.set_used(self.used - columns)
         self.decode_from = min(self.decode_from, self.used)
         self.tail.valid[:, self.used :] = 1
         if self.buffers is not None and self.count is not None:
+            while self.calls and rejected >= self.calls[-1].queries:
+                call = self.calls.pop()
+                put_back(self.buffers, call.before)
+                rejected -= call.queries
+            if self.calls:
+                self.calls[-1].queries -= rejected
             self.buffers.accepted.sub_(rejected).clamp_(min=0)
             self.buffers.total[:, :, self.used :] = 0
             self.count[:, self.used :] = 0
@@ -186,12 +217,13 @@ class TailWindow:
 
     def copy_from(self, other: TailWindow, index: Tensor) -> None:
         """Take rows index of another window with the same policy: tokens, evidence, host mirrors."""
+        self.calls = []
         theirs = other.tensors()
         for name, tensor in self.tensors().items():
             per_row = name not in ("tail.length", "saliency.accepted")
             tensor.copy_(theirs[name].index_select(0, index) if per_row else theirs[name])
         self.used, self.decode_from, self.evident = other.used, other.decode_from, other.evident
-        self.blank = other.blank
+        self.blank, self.unseen = other.blank, other.unseen
 
     def to(self, device: torch.device) -> None:
         self._replace(lambda tensor: tensor.to(device), in_place=False, shared=True)
@@ -202,6 +234,7 @@ class TailWindow:
                 return tensor if in_place else tensor.clone()  # not a view that keeps the old storage alive
             return tensor.copy_(change(tensor)) if in_place else change(tensor)
 
+        self.calls = []
         tail, buffers = self.tail, self.buffers
         self.tail = Tail(new(tail.key), new(tail.value), new(tail.valid), new(tail.length, per_row=False))
         if buffers is not None and self.count is not None:
@@ -216,3 +249,14 @@ class TailWindow:
             found |= {f"saliency.{name}": tensor for name, tensor in vars(self.buffers).items()}
             found["saliency.count"] = self.count
         return found
+
+
+def copied(buffers: SaliencyBuffers) -> SaliencyBuffers:
+    """The same numbers in storage of their own."""
+    return SaliencyBuffers(*(tensor.clone() for tensor in vars(buffers).values()))
+
+
+def put_back(buffers: SaliencyBuffers, kept: SaliencyBuffers) -> None:
+    """The buffers hold what `copied` kept; where they lie stays."""
+    for now, then in zip(vars(buffers).values(), vars(kept).values(), strict=True):
+        now.copy_(then)

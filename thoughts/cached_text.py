@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..base.errors import QuietGooseError, RecipeError
-from ..cache.rollback import Evidence, mark, reserve, roll_back
+from ..cache.rollback import mark, reserve, roll_back
+from ..kernels.cached_attention import SaliencyBuffers
 
 
 class CachedText:
@@ -77,11 +78,11 @@ class CachedText:
         """Room for `columns` that will be taken back. RecipeError CFG-076 if a ZipCache's tail is too small for them."""
         reserve(self.cache, columns)
 
-    def mark(self) -> list[Evidence | None]:
+    def mark(self) -> list[SaliencyBuffers | None]:
         """What `take_back` needs to know of now."""
         return mark(self.cache)
 
-    def take_back(self, marked: list[Evidence | None], columns: int) -> None:
+    def take_back(self, marked: list[SaliencyBuffers | None], columns: int) -> None:
         """Remove the last `columns`, the first of which ended the forward before `marked`."""
         wanted = self.length - columns
         roll_back(self.cache, marked, columns=columns, queries=1)

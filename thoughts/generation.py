@@ -13,7 +13,6 @@ costs T + 1 forwards and leaves no entry in the cache. START and END are no voca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
@@ -21,12 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import (
-    GenerateDecoderOnlyOutput,
-    GenerationMode,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from ..base.errors import RecipeError
 from ..base.settings import known_settings
@@ -36,6 +30,7 @@ from .cached_text import CachedText
 from .config import ThoughtConfig
 from .gate import Gate, ThinkAt
 from .parameters import ThoughtParameters, ThoughtTensors
+from .stopping import named_options, with_stop_criterion
 from .thinking import Pending, StepThoughts, Thinker
 
 TEXT_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
@@ -177,31 +172,18 @@ def _generate(self: Any, *inputs: Any, thoughts: Any = None, **options: Any) -> 
     settings = thought_settings(thoughts)
     if settings is None:
         return plain(self, *inputs, **options)
+    inputs, options = named_options(plain, inputs, options)
     for name in ("assistant_model", "custom_generate", "synced_gpus"):
         if options.get(name):
             raise RecipeError(f"generate(thoughts=...) does not go with {name}; leave it out", code="CFG-094")
     state: ThoughtState = self.thought_state
     state.check()
     inputs = tuple(_there(value, self.device) for value in inputs)
-    options = _stopping({name: _there(value, self.device) for name, value in options.items()})
+    options = {name: _there(value, self.device) for name, value in with_stop_criterion(self, options).items()}
     restore(self)  # a training pass or scoring may have left its attention there, which a ZipCache does not know
     # transformers hands a decoding method neither the streamer nor what it was not asked for by name
     decode = partial(_decode, state=state, settings=settings, streamer=options.get("streamer"))
     return plain(self, *inputs, custom_generate=decode, **options)
-
-
-def _stopping(options: dict[str, Any]) -> dict[str, Any]:
-    """With stop strings as a stopping criterion: transformers loses the tokenizer on its way to a decoding method."""
-    config = options.get("generation_config")
-    strings = options.get("stop_strings") or getattr(config, "stop_strings", None)
-    if not strings or options.get("tokenizer") is None:
-        return options  # transformers says what is missing
-    found = {name: value for name, value in options.items() if name not in ("stop_strings", "tokenizer")}
-    if config is not None:
-        found["generation_config"] = deepcopy(config)
-        found["generation_config"].stop_strings = None
-    wanted = StopStringCriteria(options["tokenizer"], strings)
-    return found | {"stopping_criteria": StoppingCriteriaList([*(options.get("stopping_criteria") or ()), wanted])}
 
 
 def _there(value: Any, device: torch.device) -> Any:
@@ -233,12 +215,13 @@ def _decode(
     pad, has_eos = generation_config._pad_token_tensor, any(hasattr(c, "eos_token_id") for c in stopping_criteria)
     active_B = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     kept: dict[str, list[Any]] = {"scores": [], "logits": [], "thoughts": []}
+    returned = _returned(generation_config, settings)
     while True:
         logits_BV, thought = thinker.next_logits(text, pending, input_ids, active_B)
         logits_BV = logits_BV.to(copy=True, dtype=torch.float32, device=input_ids.device)
         scores_BV = logits_processor(input_ids, logits_BV)
         for name, value in (("scores", scores_BV), ("logits", logits_BV), ("thoughts", thought)):
-            kept[name] += [value] if name == "thoughts" or getattr(generation_config, f"output_{name}") else []
+            kept[name] += [value] if name in returned else []
         if generation_config.do_sample:
             next_B = torch.multinomial(scores_BV.softmax(-1), 1)[:, 0]
         else:
@@ -298,10 +281,18 @@ def _check_call(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         raise RecipeError("generate(thoughts=...) needs a cache: leave use_cache at True", code="CFG-094")
 
 
+def _returned(config: Any, settings: ThoughtGeneration) -> set[str]:
+    """What of every step is kept for the caller; empty where only the sequences are returned. Criteria see the scores only
+    where they are returned, as in transformers' own loop."""
+    if not (config.return_dict_in_generate or settings.return_thoughts):
+        return set()
+    return {"thoughts", *(name for name in ("scores", "logits") if getattr(config, f"output_{name}"))}
+
+
 def _output(
     sequences: Tensor, text: CachedText, kept: dict[str, list[Any]], thinker: Thinker, config: Any, settings: ThoughtGeneration
 ) -> Any:  # fmt: skip
-    if not (config.return_dict_in_generate or settings.return_thoughts):
+    if not _returned(config, settings):
         return sequences
     common = {
         "sequences": sequences,

@@ -15,29 +15,23 @@ from ..routing.routers import SiteVectors
 from ..routing.statistics import average_activation
 from .base_models import LoadedBase
 from .data.attention import model_inputs
-from .data.build import build_step_data
-from .recipe import DataSettings, SourceSettings, TrainSettings
+from .data.loader import StepData
 
 ROWS = 32
 """Packed rows of each expert's training text that are read."""
 
 
-def mean_activations(
-    base: LoadedBase,
-    library: ExpertLibrary,
-    sources: Mapping[str, SourceSettings],
-    data: DataSettings,
-    seed: int,
-    device: torch.device,
-) -> SiteVectors:
+def mean_activations(base: LoadedBase, library: ExpertLibrary, data: StepData, device: torch.device) -> SiteVectors:
     """Site -> expert -> fp32 [d_in]: the mean input of the site over the expert's own packed training rows (prompt and
-    completion), that expert active on every token. Leaves the base plain."""
-    train = TrainSettings(steps=1, rows_per_expert=ROWS, micro_rows=ROWS)
+    completion), that expert active on every token. Leaves the base plain.
+
+    `data`: the gates' own, of whatever rank and rows per step, with a source for every expert of the library; the first
+    ROWS rows of each source's stream are read.
+    """
     attach(base.model, library, "uniform", 1)
     batches: dict[str, list[tuple[Mapping[str, Any], torch.Tensor]]] = {}
     for name in library.names:
-        rows = build_step_data({name: sources[name]}, base.tokenizer, data, train, seed)
-        batch = rows.step(0).micro[0].to(device)
+        batch = data.first_rows(name, ROWS).to(device)
         batches[name] = [(model_inputs(batch, base.attention, base.model.dtype), batch.segment_BT > 0)]
     means = average_activation(base.model, batches)
     detach(base.model)

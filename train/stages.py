@@ -244,9 +244,8 @@ def run_gates(context: Context) -> Writer:
     recipe = context.recipe
     base = the_base(context, "gates")
     library = the_library(context, base, "gates", gates=False)
-    sources = gate_sources(recipe)
-    data = step_data(context, sources, base.tokenizer, recipe.data, recipe.gates.train)
-    means = mean_activations(base, library, sources, recipe.data, recipe.seed, context.device)
+    data = step_data(context, gate_sources(recipe), base.tokenizer, recipe.data, recipe.gates.train)
+    means = mean_activations(base, library, data, context.device)
     speed = _speed(context, base, recipe.gates.train)
     own = owned(library.names, recipe.gates.train, recipe.gates.train.strategy or recipe.strategy)
     job = GateJob(base.model, speed.attention, library, recipe.gates, speed.mode, own)

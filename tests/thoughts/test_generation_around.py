@@ -15,11 +15,9 @@ from quietgoose.thoughts.config import ThoughtConfig
 from quietgoose.thoughts.generation import ThoughtGeneration, ThoughtState, attach_thoughts
 from quietgoose.thoughts.parameters import ThoughtParameters
 from quietgoose.thoughts.prefix import run_prefix
-from quietgoose.train.nano import nano_tokenizer
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
 )
@@ -170,20 +168,6 @@ def test_stopping_criteria_and_streamer(model):
     assert out.shape == (1, 8)
     assert torch.cat([value.flatten() for value in heard.values]).tolist() == out[0].tolist()
     assert heard.ended
-
-
-@pytest.mark.parametrize("within", ["call", "config"])
-def test_stop_strings(model, within):
-    """The text ends with the first string that was asked for, as it does without thoughts."""
-    letters = nano_tokenizer()  # a character for each of the model's tokens
-    out = model.generate(prompts(1), thoughts=True, **GREEDY)
-    third = letters.decode(out[0, 7:8])
-    options = (
-        {"stop_strings": [third]} if within == "call" else {"generation_config": GenerationConfig(stop_strings=[third])}
-    )
-    stopped = model.generate(prompts(1), thoughts=True, tokenizer=letters, **GREEDY, **options)
-    end = next(n for n in range(5, 11) if letters.decode(out[0, n : n + 1]) == third) + 1
-    assert stopped.tolist() == out[:, :end].tolist()
 
 
 def test_sampling_repeats_with_the_seed(model):

@@ -127,6 +127,22 @@ class StepData:
         self._ahead = (step + 1, self._worker.submit(self._make, step + 1))
         return made
 
+    def first_rows(self, name: str, count: int) -> Batch:
+        """The first `count` rows of one source's stream as one batch, whatever this rank and its rows per step are.
+
+        `expert_B` is 0 and `row_B` counts from 0, as in the data of that source alone. DataError (DATA-003) if there is
+        no such source or count < 1.
+        """
+        packed = next((packed for packed in self.experts if packed.name == name), None)
+        if packed is None:
+            names = ", ".join(packed.name for packed in self.experts)
+            raise DataError(f"'{name}': no such source of rows; there are {names}", code="DATA-003")
+        alone = StepData([packed], count, count, self.seed, pad_id=self.pad_id)
+        try:
+            return alone.step(0).micro[0]
+        finally:
+            alone.close()
+
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
