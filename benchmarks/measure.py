@@ -148,6 +148,23 @@ def time_calls(call: Callable[[], Any], device: torch.device, seconds: float, le
     return Times.of(taken)
 
 
+def heaviest_kernels(seen: Any, steps: int, most: int = 25) -> dict[str, Any]:
+    """A `torch.profiler` record of `steps` equal steps as one step's kernels: their sum, number, and the heaviest by name."""
+    spent: dict[str, list[float]] = {}
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent.setdefault(event.name, []).append(event.device_time / 1e3)
+    heavy = sorted(spent.items(), key=lambda item: -sum(item[1]))[:most]
+    return {
+        "device_ms": round(sum(sum(times) for times in spent.values()) / steps, 3),
+        "kernels": round(sum(len(times) for times in spent.values()) / steps),
+        "heaviest": [
+            {"name": name[:110], "ms": round(sum(times) / steps, 3), "calls": round(len(times) / steps)}
+            for name, times in heavy
+        ],
+    }  # fmt: skip
+
+
 # the hardware's limits -----------------------------------------------------------------------------------------
 
 

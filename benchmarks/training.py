@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import about, elapsed_ms, matmul_limit, wait
+from measure import about, elapsed_ms, heaviest_kernels, matmul_limit, wait
 from training_cases import Shape, running, shapes, timed
 from training_peers import peft_step
 
@@ -193,24 +193,7 @@ class Bench:
             activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 2 if self.device.type == "cuda" else 1]
             with profile(activities=activities) as seen:
                 wall = elapsed_ms(lambda: [run.step() for _ in range(3)], self.device)
-        return _kernels(seen, wall, 3)
-
-
-def _kernels(seen: Any, wall: float, steps: int) -> dict[str, Any]:
-    spent: dict[str, list[float]] = {}
-    for event in seen.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent.setdefault(event.name, []).append(event.device_time / 1e3)
-    total = sum(sum(times) for times in spent.values())
-    heavy = sorted(spent.items(), key=lambda item: -sum(item[1]))[:25]
-    return {
-        "wall_ms": round(wall / steps, 2), "device_ms": round(total / steps, 2),
-        "kernels": round(sum(len(times) for times in spent.values()) / steps),
-        "heaviest": [
-            {"name": name[:110], "ms": round(sum(times) / steps, 3), "calls": round(len(times) / steps)}
-            for name, times in heavy
-        ],
-    }  # fmt: skip
+        return {"wall_ms": round(wall / 3, 2), **heaviest_kernels(seen, 3)}
 
 
 def _four_steps(shape: Shape, kind: str, mode: str, device: torch.device, plain: dict[str, Any]) -> dict[str, Any]:

@@ -199,4 +199,5 @@ def timed(step: Callable[[], Any], device: torch.device, seconds: float = 4.0, m
     taken = [elapsed_ms(lambda: [step() for _ in range(BLOCK)], device) / BLOCK for _ in range(blocks)]
     return {
         **Times.of(taken).short(2), "steps": BLOCK * blocks, "first_seconds": round(first / 1e3, 1), "peak_gib": gib(peak(device)),
+        "reserved_gib": gib(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else None,
     }  # fmt: skip

@@ -4,13 +4,14 @@ The host then launches two graphs a micro-batch instead of thousands of kernels.
 labels changes. To DeepSpeed it is one autograd function with the trained parameters as inputs; gradients are copied out, so
 that accumulation never meets a buffer which the next replay overwrites.
 
-Called by the jobs when `train.compile` is `graph`. What torch.cuda.make_graphed_callables does, for a function of parameters
-and a batch rather than a module of tensors.
+Called by the jobs in mode `graph`. What torch.cuda.make_graphed_callables does, for a function of parameters and a batch
+rather than a module of tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +20,33 @@ from torch import Tensor, nn
 from ..base.errors import QuietGooseError
 from .types import Batch
 
-WARM_UPS = 3
+WARM_UPS = 2
 
 Run = Callable[[Batch, Tensor | None], tuple[Tensor, Sequence[Tensor]]]
 """Hidden states of a batch, and the leaves of this one call that stand for the trained parameters. They must not be the
 parameters themselves: autograd would bring a gradient to the stream on which DeepSpeed's hooks first saw its parameter."""
+
+
+class CannotCapture(QuietGooseError):
+    """RUN-006: the forward or backward waits for the device, found before anything is captured: it can go on uncaptured."""
+
+
+@contextmanager
+def _refusing_waits() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        raise CannotCapture(
+            "train.compile: graph: this model's forward or backward waits for the device (a number read on the host, a shape "
+            "that depends on tokens), which no graph can hold; set train.compile: layers",
+            code="RUN-006",
+        ) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Capture:
@@ -36,9 +59,9 @@ class Capture:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                hidden, leaves = run(self.batch, self.shares)
-                torch.autograd.grad(hidden, leaves, torch.zeros_like(hidden))
-            del hidden, leaves
+                self._once(run)
+            with _refusing_waits():
+                self._once(run)
         torch.cuda.current_stream().wait_stream(stream)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: the data thread pins memory meanwhile, which a global capture would not survive
@@ -48,6 +71,10 @@ class Capture:
         with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
             self.gradients = torch.autograd.grad(hidden, leaves, self.grad_hidden)
         self.hidden = hidden.detach()
+
+    def _once(self, run: Run) -> None:
+        hidden, leaves = run(self.batch, self.shares)
+        torch.autograd.grad(hidden, leaves, torch.zeros_like(hidden))
 
     def load(self, batch: Batch, shares: Tensor | None) -> None:
         for own, given in zip(vars(self.batch).values(), vars(batch).values()):
@@ -73,7 +100,8 @@ class _Replay(torch.autograd.Function):
 
 
 class CapturedTrunk:
-    """Hidden states as `run` makes them from `parameters`; calls with a shape seen before are replayed.
+    """Hidden states as `run` makes them from `parameters`; calls with a shape seen before are replayed. CannotCapture from
+    the first call of a model that waits for the device.
 
     What a graph reads must stay where it is: parameters that moved since (QuietGooseError RUN-005) were replaced by somebody.
     """

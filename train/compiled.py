@@ -54,7 +54,7 @@ def choose_speed(
 
 
 def choose_mode(settings: RowTrainSettings, device: torch.device, strategy: str) -> tuple[Mode, str]:
-    """The mode and its reason; `auto` compiles layers on CUDA wherever that can be."""
+    """The mode and its reason; `auto` takes graphs on CUDA, layers where activations are recomputed, off elsewhere."""
     wanted = settings.compile
     stage = zero_stage(strategy)
     obstacle = ""
@@ -65,8 +65,9 @@ def choose_mode(settings: RowTrainSettings, device: torch.device, strategy: str)
     elif wanted == "graph" and settings.activation_checkpointing:
         obstacle = "activation_checkpointing, which a captured step has no use for"
     if wanted == "auto":
-        mode: Mode = "off" if obstacle or device.type != "cuda" else "layers"
-        return mode, obstacle or f"device {device.type}"
+        if obstacle or device.type != "cuda":
+            return "off", obstacle or f"device {device.type}"
+        return ("layers", "activation_checkpointing") if settings.activation_checkpointing else ("graph", "device cuda")
     if obstacle and wanted != "off":
         raise _impossible(wanted, obstacle)
     return wanted, "asked for"

@@ -39,7 +39,8 @@ class RowTrainSettings(TrainSettings):
     """Training of experts or gates. How fast, not what: no trained number depends on these but by rounding.
 
     compile     off | layers (torch.compile of the model's repeated layers) | graph (that, and the model's forward and
-                backward replayed as CUDA graphs) | auto (layers on CUDA where the strategy lets them, else off)
+                backward replayed as CUDA graphs) | auto (graph on CUDA where strategy and model let it, layers with
+                activation_checkpointing, else off)
     attention   base (what base.attention says) | flex (compiled block mask) | varlen (flash kernels that come with torch) |
                 auto (varlen on CUDA in 16 bit, else base)
     parallel    data (every process trains all experts on its share of the rows) | expert (every process has experts, rows,

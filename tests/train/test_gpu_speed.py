@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from quietgoose.train import faults
+from quietgoose.train.capture import CannotCapture
 from quietgoose.train.checkpoint import Checkpoints
 from quietgoose.train.compiled import choose_speed
 from quietgoose.train.data.loader import borders
@@ -232,6 +234,25 @@ def test_gradients_of_fast_steps_are_as_near_to_fp32_as_plain_ones(kind: str, co
     errors = {mode: float((found[mode][1] - want).norm() / want.norm()) for mode in ("off", compile_)}
     assert errors[compile_] < 1.3 * errors["off"] + 1e-3, errors
     torch.testing.assert_close(found[compile_][0], want_sums, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("kind", ["experts", "gates"])
+def test_a_model_that_waits_for_the_device_goes_on_with_compiled_layers(kind: str) -> None:
+    """Found before the capture, so that nothing is spoilt: the same sums as uncompiled ones; asked for outright, an error."""
+    batch, found = Data().step(0).micro[0].to("cuda"), {}
+    for wanted in ("off", "auto", "graph"):
+        torch._dynamo.reset()
+        job = make_job(kind, RowTrainSettings(compile=wanted, attention="base"), "zero2")
+        job.model.model.norm.register_forward_hook(lambda module, given, made: made * float(made.isfinite().all()))
+        if wanted == "graph":
+            with pytest.raises(CannotCapture, match=r"waits for the device.*set train.compile: layers"):
+                job(batch)
+            continue
+        with pytest.warns(match="auto goes on with layers") if wanted == "auto" else nullcontext():
+            sums = job(batch).sum_E
+        sums.sum().backward()
+        found[wanted] = sums.detach()
+    torch.testing.assert_close(found["auto"], found["off"], rtol=1e-2, atol=1e-1)
 
 
 @pytest.mark.parametrize("attention", ["flex", "varlen"])

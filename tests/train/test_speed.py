@@ -120,7 +120,8 @@ def test_compiled_layers_recompute_activations(quick_compiler) -> None:
     ("settings", "device", "strategy", "want"),
     [
         ({}, "cpu", "zero2", "off"),
-        ({}, "cuda", "zero2", "layers"),
+        ({}, "cuda", "zero2", "graph"),
+        ({"activation_checkpointing": True}, "cuda", "zero2", "layers"),
         ({}, "cuda", "zero3", "off"),
         ({"compile": "off"}, "cuda", "zero2", "off"),
         ({"compile": "layers"}, "cpu", "zero1", "layers"),

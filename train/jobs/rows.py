@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...routing.training import FlatBank
-from ..capture import CapturedTrunk
+from ..capture import CannotCapture, CapturedTrunk
 from ..compiled import Mode, compile_layers
 from ..recipe import RowTrainSettings
 from ..types import Batch
@@ -23,6 +24,7 @@ class FastRows:
     bank: FlatBank
     compiled_loss: bool
     _trunk: CapturedTrunk | None = None
+    _may_go_without = False
     _heads: Sequence[nn.Module] = ()  # in a list: not a submodule once more
 
     def speed_up(self, settings: RowTrainSettings, mode: Mode) -> None:
@@ -32,17 +34,23 @@ class FastRows:
         if mode != "off":
             compile_layers(self.model)
             self.compiled_loss = True
+        self._may_go_without = settings.compile == "auto"
         if mode == "graph":
             groups = self.parameter_groups()  # type: ignore[attr-defined]
             self._trunk = CapturedTrunk(self._run, lambda: [p for group in groups for p in group["params"]])
 
     def hidden(self, batch: Batch) -> tuple[Tensor, nn.Module]:
         shares = self.shares(batch)
-        if self._trunk is None:
-            self.context.shares = None if shares is None else shares.unbind()
-            return super().hidden(batch)  # type: ignore[misc]
-        hidden_TD = self._trunk(batch, shares)
-        return hidden_TD, self._heads[0]
+        if self._trunk is not None:
+            try:
+                return self._trunk(batch, shares), self._heads[0]
+            except CannotCapture as error:
+                if not self._may_go_without:
+                    raise
+                warnings.warn(f"train.compile: auto goes on with layers: {error}", stacklevel=2)
+                self._trunk = None
+        self.context.shares = None if shares is None else shares.unbind()
+        return super().hidden(batch)  # type: ignore[misc]
 
     def shares(self, batch: Batch) -> Tensor | None:
         """[sites, B, T, 1] by which adapters count; None: 1."""
