@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --out results/training.json                       # all arms, about 20 minutes
     python benchmarks/training.py --arms gate peft ours --budget-seconds 500        # in pieces: --out is added to
+    python benchmarks/training.py --arms peft ours gates llama3 --modes graph       # what `auto` takes, 4 minutes
     python benchmarks/training.py --arms profile                                    # what is left of a step
     python benchmarks/training.py --tiny                                            # small, also on a CPU
 
@@ -98,7 +99,7 @@ class Bench:
 
     def modes(self) -> tuple[str, ...]:
         """The fastest first; graphs last, because a failed capture spoils what follows in the process."""
-        known = ("layers", "off", "graph") if self.device.type == "cuda" else ("off",)
+        known = [m for m in ("layers", "off", "graph") if m in self.options.modes and (self.device.type == "cuda" or m == "off")]
         return tuple(mode for mode in known if mode not in self.red)
 
     def peft(self) -> None:
@@ -144,6 +145,8 @@ class Bench:
         peak = matmul_limit(self.device, 8192 if self.device.type == "cuda" else 512) / 1e12
         self.put(arm="llama3", what="bf16 matmul peak", tflops=round(peak, 1))
         for mode, kind, experts, rows in (
+            ("graph", "experts", 4, 4),
+            ("graph", "gates", 4, 4),
             ("layers", "experts", 4, 4),
             ("layers", "gates", 4, 4),
             ("off", "experts", 4, 4),
@@ -230,9 +233,10 @@ def agrees(line: dict[str, Any]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="of train.compile")
     parser.add_argument("--rows", type=int, default=4, help="rows of each expert in a step")
     parser.add_argument("--strategy", default="zero2")
-    parser.add_argument("--profile-mode", default="layers", choices=MODES)
+    parser.add_argument("--profile-mode", default="graph", choices=MODES)
     parser.add_argument("--seconds", type=float, default=4.0, help="of steps in a measurement")
     parser.add_argument("--budget-seconds", type=float, default=1500.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
