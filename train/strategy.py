@@ -88,7 +88,9 @@ _PARTITIONED_WEIGHTS: dict[str, Any] = {
 ZERO: dict[int, dict[str, Any]] = {
     0: dict(_SHARED),
     1: {**_PARTITIONED_STATE, "stage": 1},
-    2: {**_PARTITIONED_STATE, "stage": 2, "overlap_comm": True, "round_robin_gradients": True},
+    # overlap_comm waits for the device at every bucket, and an expert's gradient is complete only when backward ends: two H100s
+    # trained 1.82 times as fast as one with it, 1.96 times without
+    2: {**_PARTITIONED_STATE, "stage": 2, "round_robin_gradients": True},
     3: {**_PARTITIONED_WEIGHTS, "stage": 3},
 }
 
@@ -178,7 +180,7 @@ def merge(
     if stage in (1, 2) and offloads(zero):
         zero["compute_grad_norm"] = True  # DeepSpeed refuses to go without under offload
     if world_size == 1 and stage < 3:
-        zero["overlap_comm"] = False  # nothing to overlap with, and every bucket would wait for the device
+        zero["overlap_comm"] = False  # nothing to overlap with
     merged["zero_optimization"] = zero
     merged["bf16"] = {"enabled": False}
     merged["fp16"] = {"enabled": False}
