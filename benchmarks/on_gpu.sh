@@ -44,21 +44,21 @@ routed() {  # 14 minutes
   bench routed_layer 260 routed_lora --parts layer --budget-seconds 240
   bench routed_training 200 routed_lora_training --budget-seconds 170
 }
-training() {  # 12 minutes
-  bench training_ours 330 training --arms ours gates --budget-seconds 300
+training() {  # 9 minutes
+  bench training_ours 330 training --arms peft ours gates --modes graph layers --budget-seconds 300
   bench training_llama3 180 training --arms llama3 profile --budget-seconds 150
-  bench training_peers 230 training --arms rows peft attention --budget-seconds 200
 }
-scaling() {  # 8 minutes; two cards. overlap_comm waits for the device at every bucket, so it is timed without as well
-  echo '{"zero_optimization": {"stage": 2, "overlap_comm": false, "round_robin_gradients": true}}' > "$out/calm.json"
-  bench scaling 520 scaling --gpus 1 2 --arms data:zero2 "data:$out/calm.json" expert:zero0 data:zero1 data:zero0 data:zero3 --budget-seconds 480
+scaling() {  # 5 minutes; two cards. overlap_comm waits for the device at every bucket: timed beside the strategy that goes without
+  echo '{"zero_optimization": {"stage": 2, "overlap_comm": true, "round_robin_gradients": true}}' > "$out/overlap.json"
+  bench scaling 320 scaling --gpus 1 2 --arms data:zero2 "data:$out/overlap.json" expert:zero0 data:zero1 data:zero3 --seconds 3 --budget-seconds 280
 }
 cache() {  # 16 minutes
   bench cache_prefill 200 kv_cache --prefill
   bench cache_quality 150 kv_cache --prefill --cells 1x512 8x4096 --peers dynamic zip_captured:quality
   bench cache_attention 120 cached_attention
   bench cache_steps 200 kv_cache --cells 8x4096 1x4096 1x512 8x512 --stream --peers static_captured zip_captured:paper
-  bench cache_peers 480 kv_cache --cells 1x512 8x512 1x32768 8x32768 --peers static_compiled quanto4 hqq4 hqq2 fp8 kivi4 mikv h2o
+  bench cache_peers 400 kv_cache --cells 1x512 8x512 1x32768 8x32768 8x4096 --stream --prefill-tokens 5000 --decode-seconds 1 --budget-seconds 45 \
+    --peers static_captured zip_captured:paper fp8 kivi4 mikv h2o hqq4 static_compiled quanto4
 }
 quality() {  # 5 minutes; TEXT
   run quality 330 python benchmarks/kv_quality.py --model "$model" --text "${TEXT:?a text file or folder}" --stages text retrieval \

@@ -1,4 +1,4 @@
-"""The parts `models` and `decode` of benchmarks/routed_lora.py: base, routed and PEFT, whole forwards and decode steps."""
+"""The parts `models`, `profile` and `decode` of benchmarks/routed_lora.py: base, routed and PEFT, whole forwards and decode steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Times, peak_of, tidy, time_steps, worst
+from measure import Times, heaviest_kernels, peak_of, tidy, time_steps, worst
 from quietgoose.cache.decode import compile_decode
 from quietgoose.cache.decode_static import StaticKV
 from quietgoose.cache.hf import ZipCache
@@ -101,21 +101,26 @@ def _gate_sites(model: Any, batch: str) -> float:
         with torch.no_grad():
             b_RO.mul_(64)
             some_CI = x_TI[checked_C].float()
-            weights, index = (t[position, None] for t in _route(bank, some_CI))
+            weights, index, clear = (t[position, None] for t in _route(bank, some_CI))
             first, slots = sum(bank.shape.slots[:position]), bank.shape.slots[position]
             owners = bank.owner_R[first : first + slots]
             hidden_CR = masked_hidden(
                 some_CI, bank.a_RI_of(position).float(), owners, [slots], weights, index, bank.shape.num_experts
             )
             want = some_CI @ weight_OI.float().t() + hidden_CR @ b_RO.float()
-            errors.append(relative_rmse(site(x_TI)[checked_C], want))
+            errors.append(relative_rmse(site(x_TI)[checked_C][clear[0]], want[clear[0]]))
             b_RO.div_(64)
         bank.forget()
     return worst(errors)
 
 
-def _route(bank: Any, x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    return route_group(x_TI, bank.vectors_ZI, bank.absent_Z, bank.shape.num_experts, bank.k)
+def _route(bank: Any, x_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and experts [S, T, K], and whether a token's choice is clear [S, T]: another order of summation may turn one whose
+    last chosen score is within 1e-4 of the next, and one such token among a thousand is an error of three percent."""
+    count = min(bank.k + 1, bank.shape.num_experts)
+    weights = route_group(x_TI, bank.vectors_ZI, bank.absent_Z, bank.shape.num_experts, count)[0]
+    clear = (weights[..., bank.k - 1] / weights[..., -1]).log() > 1e-4 if count > bank.k else weights[..., 0] >= 0
+    return *route_group(x_TI, bank.vectors_ZI, bank.absent_Z, bank.shape.num_experts, bank.k), clear
 
 
 def _arm(
@@ -178,6 +183,27 @@ def _peft(report: Any, model: Any, shape: str, batches: list[str], bases: dict[t
                 report.add(part="models", shape=shape, batch=batch, what=what, failed=str(problem)[:300])
                 tidy(model.device)
         peer.unload()
+
+
+def run_profile(report: Any) -> None:
+    """Where the forward's time goes, base and routed: the heaviest kernels of a captured forward."""
+    device = torch.device(report.options.device)
+    for shape in report.options.shapes:
+        model = without_mask(make_model(shape, report.options.layers, device))
+        for experts in (0, *report.options.model_experts):
+            if experts:
+                attach(model, make_library(model, experts), k=2, implementation=report.options.implementation)
+            for batch in report.options.batches:
+                if report.late():
+                    return
+                call = captured(forward(model, tokens_of(model, *(int(n) for n in batch.split("x")))))
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                    call()
+                    torch.cuda.synchronize()
+                report.add(part="profile", shape=shape, batch=batch, experts=experts, **heaviest_kernels(seen, 1, 12))
+        detach(model)
+        del model
+        tidy(device)
 
 
 def run_decode(report: Any) -> None:

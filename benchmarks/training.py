@@ -99,7 +99,11 @@ class Bench:
 
     def modes(self) -> tuple[str, ...]:
         """The fastest first; graphs last, because a failed capture spoils what follows in the process."""
-        known = [m for m in ("layers", "off", "graph") if m in self.options.modes and (self.device.type == "cuda" or m == "off")]
+        known = [
+            m
+            for m in ("layers", "off", "graph")
+            if m in self.options.modes and (self.device.type == "cuda" or m == "off")
+        ]
         return tuple(mode for mode in known if mode not in self.red)
 
     def peft(self) -> None:

@@ -8,18 +8,21 @@ Called by operators.py. Every grid depends on shapes only, so that a captured gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from . import tiles
+from . import descriptors, tiles
 from .layout import GroupShape, GroupTables, PreparedGates, axis_length
 from .triton_decode import decode_base, decode_update
 from .triton_grouped import count_experts, grouped_expand, grouped_outer, grouped_shrink, place_tokens
 from .triton_linear import linear_expand
 from .triton_route import route_shrink
+from .triton_shrink import masked_shrink
 
 SORT_BLOCK = 128
 FUSED_DECODE_BYTES = 96 * 1024  # of chosen A per token: above it the shrink is a launch of its own
@@ -59,6 +62,10 @@ def _rows(x_TI: Tensor) -> Tensor:
     return x_TI if x_TI.stride(-1) == 1 else x_TI.contiguous()
 
 
+def _addresses(chosen: tiles.Tiles | None) -> tiles.Tiles | None:
+    return chosen if chosen and chosen.loads == "addresses" else None
+
+
 def _gates(gates: PreparedGates) -> tuple[Tensor, Tensor, bool]:
     if gates.high_ZI.numel():
         return gates.high_ZI, gates.low_ZI, True
@@ -80,22 +87,48 @@ def route(
     x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
     sites = len(shape.slots)
     shrink, padded = a_RI is not None, axis_length(shape.num_experts)
-    tile = chosen or tiles.route_tiles(num_tokens, width, padded, shrink)
     kept = (sites, num_tokens, k) if store else (0,)
     weight = x_TI.new_empty(kept, dtype=torch.float32)
     index = x_TI.new_empty(kept, dtype=torch.int32)
     hidden = x_TI.new_empty((num_tokens, sum(shape.slots)) if shrink else (0, 0))
     high, low, split = _gates(gates)
-    block_r = min(tile.columns, axis_length(max(shape.slots))) if shrink else 16
-    grid = (triton.cdiv(num_tokens, tile.rows), sites, triton.cdiv(max(shape.slots), block_r) if shrink else 1)
-    route_shrink[grid](
-        x_TI, high, gates.shift_Z, tables.absent_Z, a_RI if shrink else high, tables.owner_R, hidden, weight, index,
-        num_tokens, width, x_TI.stride(0), hidden.stride(0), shape.num_experts, *_three(shape.slots),
-        _distances([high, low])[0],
-        K=k, NP=padded, ARROW=arrow, SPLIT=split, SHRINK=shrink, STORE=store,
-        BLOCK_T=tile.rows, BLOCK_R=block_r, BLOCK_I=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    tile = _addresses(chosen) or tiles.route_tiles(num_tokens, width, padded, shrink)
+    most_slots = max(shape.slots) if shrink else 1
+    plain = descriptors.by_addresses(tile, min(tile.columns, axis_length(most_slots)) if shrink else 16, 3)
+    call = ("route", shape, k, arrow, store)
+    found_ways = [plain]
+    if a_RI is not None and split:
+        make = partial(descriptors.route_way, chosen, x_TI, gates, a_RI, padded, most_slots)
+        found_ways = descriptors.ways(make, plain, chosen, x_TI, call)
+    for tile, found, block_r in found_ways:
+        blocks_r = triton.cdiv(most_slots, block_r)
+        route_shrink[(blocks_r * sites * triton.cdiv(num_tokens, tile.rows),)](
+            x_TI, high, gates.shift_Z, tables.absent_Z, a_RI if shrink else high, tables.owner_R, hidden, weight, index,
+            num_tokens, width, x_TI.stride(0), hidden.stride(0), shape.num_experts, *_three(shape.slots),
+            _distances([high, low])[0], *found, sites,
+            K=k, NP=padded, ARROW=arrow, SPLIT=split, SHRINK=shrink, STORE=store, TMA=found[0] is not None,
+            BLOCK_T=tile.rows, BLOCK_R=block_r, BLOCK_I=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return weight, index, hidden
+
+
+def shrink_masked(
+    x_TI: Tensor, a_RI: Tensor, tables: GroupTables, shape: GroupShape, weight_STK: Tensor, index_STK: Tensor,
+    chosen: tiles.Tiles | None = None,
+) -> Tensor:  # fmt: skip
+    """hm [T, R] in x's dtype from routing that is known: what `route` gives with `a_RI`."""
+    x_TI, (num_tokens, width), k = _rows(x_TI), x_TI.shape, weight_STK.shape[2]
+    tile = chosen or tiles.choose(tiles.MASKED_SHRINK, num_tokens, width)
+    block_r = min(tile.columns, axis_length(max(shape.slots)))
+    hidden = x_TI.new_empty(num_tokens, sum(shape.slots))
+    blocks = sum(triton.cdiv(count, block_r) for count in shape.slots)
+    masked_shrink[(triton.cdiv(num_tokens, tile.rows) * blocks,)](
+        x_TI, a_RI, tables.owner_R, weight_STK, index_STK, hidden,
+        num_tokens, width, x_TI.stride(0), hidden.stride(0), *_three(shape.slots),
+        K=k, EVEN=width % tile.depth == 0, BLOCK_T=tile.rows, BLOCK_R=block_r, BLOCK_I=tile.depth, SWEEP=8,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return hidden
 
 
 def linear(
@@ -105,18 +138,23 @@ def linear(
     x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
     outs = [w.shape[0] for w in sites.weights]
     y = [x_TI.new_empty(num_tokens, o) for o in outs]
-    tile = chosen or tiles.choose(tiles.LINEAR_EXPAND, num_tokens, width)
-    blocks = sum(triton.cdiv(o, tile.columns) for o in outs)
+    tile = _addresses(chosen) or tiles.choose(tiles.LINEAR_EXPAND, num_tokens, width)
+    plain = descriptors.by_addresses(tile, min(64, axis_length(max(shape.slots))), 14)
+    make = partial(descriptors.linear_way, chosen, x_TI, hidden_TR, sites.weights, sites.b_RO)
     biases = sites.biases or sites.weights
-    linear_expand[(triton.cdiv(num_tokens, tile.rows) * blocks,)](
-        x_TI, hidden_TR, sites.weights[0], biases[0], sites.b_RO[0], y[0],
-        num_tokens, width, x_TI.stride(0), hidden_TR.stride(0), *_three(outs), *_three(shape.slots),
-        *_distances(sites.weights), *_distances(biases), *_distances(sites.b_RO), *_distances(y),
-        SITES=len(outs), BIAS=bool(sites.biases), EVEN=width % tile.depth == 0,
-        BLOCK_T=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.depth,
-        BLOCK_R=min(64, axis_length(max(shape.slots))), SWEEP=8,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    call = ("linear", shape, *outs, bool(sites.biases), hidden_TR.stride(0))
+    for tile, found, block_r in descriptors.ways(make, plain, chosen, x_TI, call):
+        whole, more = descriptors.columns_of(tile)
+        blocks = triton.cdiv(num_tokens, tile.rows) * sum(triton.cdiv(o, tile.columns) for o in outs)
+        linear_expand[(blocks,)](
+            x_TI, hidden_TR, sites.weights[0], biases[0], sites.b_RO[0], y[0],
+            num_tokens, width, x_TI.stride(0), hidden_TR.stride(0), *_three(outs), *_three(shape.slots),
+            *_distances(sites.weights), *_distances(biases), *_distances(sites.b_RO), *_distances(y), *found,
+            SITES=len(outs), BIAS=bool(sites.biases), EVEN=width % tile.depth == 0,
+            TMA=found[0] is not None, JOINED=tile.loads == "joined",
+            MORE=more, BLOCK_T=tile.rows, BLOCK_O=whole, BLOCK_I=tile.depth, BLOCK_R=block_r, SWEEP=8,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return y
 
 
@@ -137,6 +175,30 @@ def linear_in_pieces(x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: Group
                 piece.addmm_(h_TR[t : t + rows], b_RO[:, o : o + columns])
         found.append(y)
     return found
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def linear_beside(x_TI: Tensor, make_hidden: Callable[[], Tensor], sites: Sites, shape: GroupShape) -> list[Tensor]:
+    """What `linear_in_pieces` gives, inside a capture: the base products are a branch of the graph beside routing and shrink,
+    none of which fills the device alone. Every tensor is the main stream's, which waits before it goes on."""
+    main, side = torch.cuda.current_stream(x_TI.device), _side_stream(x_TI.device)
+    y = [x_TI.new_empty(x_TI.shape[0], b_RO.shape[1]) for b_RO in sites.b_RO]
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        for site, weight_OI in enumerate(sites.weights):
+            if sites.biases:
+                torch.addmm(sites.biases[site], x_TI, weight_OI.t(), out=y[site])
+            else:
+                torch.mm(x_TI, weight_OI.t(), out=y[site])
+    hidden_TR = make_hidden()
+    main.wait_stream(side)
+    for y_TO, h_TR, b_RO in zip(y, hidden_TR.split(list(shape.slots), dim=1), sites.b_RO):
+        y_TO.addmm_(h_TR, b_RO)
+    return y
 
 
 def decode(

@@ -12,15 +12,16 @@ A group's index tables travel as one list [owner_R, start_Z, rank_Z, absent_Z], 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import tiles
 from .gradients import expand_gradients, keep_routing, routing_gradients, shrink_gradients
 from .layout import GroupShape, GroupTables, PreparedGates, axis_length, grouped_layout
-from .reference import masked_hidden
 from .tiles import MOST_FUSED
 
 
@@ -213,13 +214,13 @@ expand_experts.register_autograd(_expand_backward, setup_context=_expand_context
 def _hidden(
     x: Tensor, gates: PreparedGates, tables: GroupTables, shape: GroupShape, k: int, arrow: bool, a_RI: Tensor
 ) -> Tensor:
-    """hm [T, R]: one pass over x, or, with more experts than fit beside it, routing, product and weighting apart."""
+    """hm [T, R]: one launch, or two, routing and shrink apart, where that is faster or has more experts than one can hold."""
     from . import launch
 
-    if shape.num_experts <= MOST_FUSED:
+    if shape.num_experts <= MOST_FUSED and not tiles.shrink_apart(x.shape[0], x.shape[1]):
         return launch.route(x, gates, tables, shape, k, arrow, a_RI, store=False)[2]
     weight, index, _ = launch.route(x, gates, tables, shape, k, arrow)
-    return masked_hidden(x, a_RI, tables.owner_R, shape.slots, weight, index, shape.num_experts, shape.rank)
+    return launch.shrink_masked(x, a_RI, tables, shape, weight, index)
 
 
 def linears(
@@ -244,7 +245,10 @@ def linears(
     if method == "fused":
         return launch.linear(x, _hidden(x, prepared, found, shape, k, arrow, a), sites, shape)
     if method == "stock":
-        return launch.linear_in_pieces(x, _hidden(x, prepared, found, shape, k, arrow, a), sites, shape)
+        make = partial(_hidden, x, prepared, found, shape, k, arrow, a)
+        if x.is_cuda and x.shape[0] <= tiles.BESIDE[0] and torch.cuda.is_current_stream_capturing():
+            return launch.linear_beside(x, make, sites, shape)
+        return launch.linear_in_pieces(x, make(), sites, shape)
     ys = [functional.linear(x, w, biases[i] if biases else None) for i, w in enumerate(weights)]
     weight, index, _ = launch.route(x, prepared, found, shape, k, arrow)
     pairs = launch.sort_pairs(index, num_experts)

@@ -9,12 +9,16 @@ two thin columns per expert. Ties go to the lower index. Accumulation fp32.
 Statistics have a loop of their own, whose x the second loop finds in the L2. In one loop Triton (3.6 and 3.7, pull
 request 7110 there) gives x, read by registers and by asynchronous tensor-core products, a buffer too few: from 64 tokens a
 program on, Hopper's products then read a tile while the next one is copied over it.
+
+TMA: x, gates and A come as descriptors instead, statistics within the loop (triton_descriptors.py says how that is safe).
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .triton_descriptors import copied_shrink
 
 
 @triton.jit
@@ -39,7 +43,7 @@ def row_sums(p_rows, m_t, width, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
     """Sums of x and of x^2 [T], fp32; columns are added up before lanes are."""
     b_sum = tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32)
     b_squares = tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32)
-    for i in range(0, width, BLOCK_I):
+    for i in tl.range(0, width, BLOCK_I, loop_unroll_factor=4):  # four loads under way: the loop waits for nothing else
         o_i = i + tl.arange(0, BLOCK_I)
         b_wide = tl.load(p_rows + o_i[None, :], mask=m_t[:, None] & (o_i < width)[None, :], other=0.0).to(tl.float32)
         b_sum += b_wide
@@ -59,15 +63,20 @@ def best(b_z, o_n, num_experts):
 def route_shrink(
     p_x, p_gate, p_shift, p_absent, p_a, p_owner, p_h, p_weight, p_index,
     num_tokens, width, s_x, s_h, num_experts, slots_0, slots_1, slots_2, to_low,
+    d_x, d_gate, d_a, sites,
     K: tl.constexpr, NP: tl.constexpr, ARROW: tl.constexpr, SPLIT: tl.constexpr, SHRINK: tl.constexpr,
-    STORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    STORE: tl.constexpr, TMA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Grid (token blocks, sites, slot blocks). STORE: write weight fp32 and index int32 [S, T, K] (slot block 0).
+    """Grid (slot blocks x sites x token blocks): those that read the same tokens run side by side.
 
+    STORE: write weight fp32 and index int32 [S, T, K] (slot block 0).
     SPLIT: gates come as two 16-bit parts, to_low elements apart, side by side in one product; else one fp32 matrix.
-    SHRINK: also h [T, R], in x's dtype.
+    SHRINK: also h [T, R], in x's dtype. TMA: only with SPLIT and SHRINK.
     """
-    i_t, i_s, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pid, blocks_r = tl.program_id(0), 1
+    if SHRINK:
+        blocks_r = tl.cdiv(max(slots_0, max(slots_1, slots_2)), BLOCK_R)
+    i_r, i_s, i_t = pid % blocks_r, (pid // blocks_r) % sites, pid // (blocks_r * sites)
     slots = pick(i_s, slots_0, slots_1, slots_2)
     if (i_r * BLOCK_R >= slots) & (i_r > 0):
         return
@@ -76,60 +85,65 @@ def route_shrink(
     o_n = tl.arange(0, NP)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_t, m_n, m_r = o_t < num_tokens, o_n < num_experts, o_r < slots
-    p_rows = p_x + o_t.to(tl.int64)[:, None] * s_x
     PARTS: tl.constexpr = 2 if SPLIT else 1
-    o_p = tl.arange(0, PARTS * NP)
-    m_p = o_p % NP < num_experts
-    o_gate = (i_s * num_experts + o_p % NP).to(tl.int64)[None, :] * width
-    if SPLIT:
-        o_gate += (o_p // NP)[None, :] * to_low
-    o_a = (first + o_r).to(tl.int64)[None, :] * width
     b_sum = tl.zeros([BLOCK_T], dtype=tl.float32)
     b_squares = tl.zeros([BLOCK_T], dtype=tl.float32)
-    if not ARROW:
-        b_sum, b_squares = row_sums(p_rows, m_t, width, BLOCK_T, BLOCK_I)
-    b_parts = tl.zeros([BLOCK_T, PARTS * NP], dtype=tl.float32)
-    b_h = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-    for i in range(0, width, BLOCK_I):
-        o_i = i + tl.arange(0, BLOCK_I)
-        m_i = o_i < width
-        b_x = tl.load(p_rows + o_i[None, :], mask=m_t[:, None] & m_i[None, :], other=0.0)
-        b_gate = tl.load(p_gate + o_gate + o_i[:, None], mask=m_i[:, None] & m_p[None, :], other=0.0)
+    if TMA:
+        p_rows = p_x + tl.where(m_t, o_t, 0).to(tl.int64)[:, None] * s_x
+        b_sum, b_squares, b_parts, b_h = copied_shrink(
+            d_x, d_gate, d_a, p_rows, i_t, i_s * num_experts, first + i_r * BLOCK_R, width,
+            NP, ARROW, BLOCK_T, BLOCK_R, BLOCK_I,
+        )  # fmt: skip
+    else:
+        p_rows = p_x + o_t.to(tl.int64)[:, None] * s_x
+        o_p = tl.arange(0, PARTS * NP)
+        m_p = o_p % NP < num_experts
+        o_gate = (i_s * num_experts + o_p % NP).to(tl.int64)[None, :] * width
         if SPLIT:
-            b_parts = tl.dot(b_x, b_gate, b_parts, input_precision="ieee")
-        else:
-            b_parts = tl.dot(b_x.to(tl.float32), b_gate.to(tl.float32), b_parts, input_precision="ieee")
-        if SHRINK:
-            b_a = tl.load(p_a + o_a + o_i[:, None], mask=m_i[:, None] & m_r[None, :], other=0.0)
-            b_h = tl.dot(b_x, b_a, b_h, input_precision="ieee")
+            o_gate += (o_p // NP)[None, :] * to_low
+        o_a = (first + o_r).to(tl.int64)[None, :] * width
+        if not ARROW:
+            b_sum, b_squares = row_sums(p_rows, m_t, width, BLOCK_T, BLOCK_I)
+        b_parts = tl.zeros([BLOCK_T, PARTS * NP], dtype=tl.float32)
+        b_h = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+        for i in range(0, width, BLOCK_I):
+            o_i = i + tl.arange(0, BLOCK_I)
+            m_i = o_i < width
+            b_x = tl.load(p_rows + o_i[None, :], mask=m_t[:, None] & m_i[None, :], other=0.0)
+            b_gate = tl.load(p_gate + o_gate + o_i[:, None], mask=m_i[:, None] & m_p[None, :], other=0.0)
+            if SPLIT:
+                b_parts = tl.dot(b_x, b_gate, b_parts, input_precision="ieee")
+            else:
+                b_parts = tl.dot(b_x.to(tl.float32), b_gate.to(tl.float32), b_parts, input_precision="ieee")
+            if SHRINK:
+                b_a = tl.load(p_a + o_a + o_i[:, None], mask=m_i[:, None] & m_r[None, :], other=0.0)
+                b_h = tl.dot(b_x, b_a, b_h, input_precision="ieee")
     b_dot = tl.sum(tl.reshape(b_parts, [BLOCK_T, PARTS, NP]), axis=1)
     b_shift = tl.load(p_shift + i_s * num_experts + o_n, mask=m_n, other=0.0)
     b_absent = tl.load(p_absent + i_s * num_experts + o_n, mask=m_n, other=float("-inf"))
     b_z = scores(b_dot, b_sum, b_squares, b_shift, b_absent, width, ARROW)
     b_top = tl.max(b_z, axis=1)
     b_all = tl.sum(tl.exp(b_z - b_top[:, None]), axis=1)
-    b_owner = tl.load(p_owner + first + o_r, mask=m_r, other=-1)
-    b_share = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     b_chosen = tl.zeros([BLOCK_T], dtype=tl.float32)
     b_left = b_z
+    weights, indices = (), ()
     for _ in tl.static_range(K):
         b_score, b_index = best(b_left, o_n, num_experts)
         b_weight = tl.exp(b_score - b_top)
         b_chosen += b_weight
-        if SHRINK:
-            b_share += tl.where(b_owner[None, :] == b_index[:, None], b_weight[:, None], 0.0)
+        weights, indices = weights + (b_weight,), indices + (b_index,)
         b_left = tl.where(o_n[None, :] == b_index[:, None], float("-inf"), b_left)
     b_scale = 1.0 / (b_chosen + 1e-6 * b_all)
     if STORE:
-        b_left = b_z
         m_out = m_t & (i_r == 0)
         for j in tl.static_range(K):
-            b_score, b_index = best(b_left, o_n, num_experts)
             o_out = (i_s.to(tl.int64) * num_tokens + o_t) * K + j
-            tl.store(p_weight + o_out, tl.exp(b_score - b_top) * b_scale, mask=m_out)
-            tl.store(p_index + o_out, b_index, mask=m_out)
-            b_left = tl.where(o_n[None, :] == b_index[:, None], float("-inf"), b_left)
+            tl.store(p_weight + o_out, weights[j] * b_scale, mask=m_out)
+            tl.store(p_index + o_out, indices[j], mask=m_out)
     if SHRINK:
+        b_owner = tl.load(p_owner + first + o_r, mask=m_r, other=-1)
+        b_share = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+        for j in tl.static_range(K):  # after the reductions: a share need not be held beside them
+            b_share += tl.where(b_owner[None, :] == indices[j][:, None], (weights[j] * b_scale)[:, None], 0.0)
         p_out = p_h + o_t.to(tl.int64)[:, None] * s_h + (first + o_r)[None, :]
-        b_out = b_h * b_share * b_scale[:, None]
-        tl.store(p_out, b_out.to(p_h.dtype.element_ty), mask=m_t[:, None] & m_r[None, :])
+        tl.store(p_out, (b_h * b_share).to(p_h.dtype.element_ty), mask=m_t[:, None] & m_r[None, :])

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
@@ -25,9 +26,10 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-from quietgoose.kernels.routed_lora import group_shape, group_tables, launch, split_gates
+from triton.tools.tensor_descriptor import TensorDescriptor
+from quietgoose.kernels.routed_lora import group_shape, group_tables, launch, split_gates, tiles
 
-NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 made = {}
 
 
@@ -37,18 +39,22 @@ def record(kernel, grid):
         for i, parameter in enumerate(kernel.params):
             name = parameter.name
             value = given[i] if i < len(given) else constants[name]
-            if name in constants or (not isinstance(value, torch.Tensor) and value == 1):
+            if name in constants or value is None or (isinstance(value, int) and value == 1):
                 signature[name], fixed[name] = "constexpr", value
                 continue
+            if isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{NAMES[value.base.dtype]}{value.block_shape}>"
+                continue
             pointer = isinstance(value, torch.Tensor)
-            signature[name] = NAMES[value.dtype] if pointer else "i32" if abs(value) < 2**31 else "i64"
+            signature[name] = "*" + NAMES[value.dtype] if pointer else "i32" if abs(value) < 2**31 else "i64"
             if pointer or value % 16 == 0:
                 aligned[(i,)] = [["tt.divisibility", 16]]
         key = str((kernel.__name__, num_warps, num_stages, *(v for n, v in constants.items())))
         if key not in made:
             source = ASTSource(kernel, signature, fixed, aligned)
             options = {"num_warps": num_warps, "num_stages": num_stages}
-            made[key] = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+            done = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            made[key] = done.asm["ttgir"], done.asm["ptx"].count("cp.async.bulk.tensor"), done.metadata.shared
     return go
 
 
@@ -66,8 +72,17 @@ def problem(tokens, experts):
 
 for tokens in (4096, 32768):
     *both, a, sites = problem(tokens, 16)
-    launch.linear(both[0], launch.route(*both, a, store=False)[2], sites, both[3])
-    launch.route(*both)
+    launch.linear(both[0], launch.route(*both, a, store=False)[2], sites, both[3])  # by descriptors
+    chosen = [tiles.choose(table, tokens, width) for table in (tiles.ROUTE_SHRINK, tiles.LINEAR_EXPAND)]
+    hidden = launch.route(*both, a, store=False, chosen=chosen[0])[2]
+    launch.linear(both[0], hidden, sites, both[3], chosen=chosen[1])
+    weight, index, _ = launch.route(*both)
+    launch.shrink_masked(both[0], a, both[2], both[3], weight, index)
+*both, a, sites = problem(4096, 16)
+for tile in tiles.CANDIDATES["route_shrink_copies"][-2:]:
+    hidden = launch.route(*both, a, store=False, chosen=tile)[2]
+for tile in tiles.CANDIDATES["linear_expand_copies"][4:]:
+    launch.linear(both[0], hidden, sites, both[3], chosen=tile)
 launch.decode(*problem(64, 16))
 *both, a, sites = problem(4096, 16)
 x, _, tables, shape, k, _ = both
@@ -110,9 +125,9 @@ def collisions(ttgir: str) -> tuple[int, list[str]]:
     for line, step in walk(ttgir):
         if made := re.search(r"%(\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", line):
             count[made[1]], ahead[made[1]] = int(made[2]), 0
-        elif part := re.search(r"%(\w+) = ttg\.memdesc_(?:index|trans) %(\w+)", line):
+        elif part := re.search(r"%(\w+) = ttg\.memdesc_(?:index|trans|reshape) %(\w+)", line):
             whole_of[part[1]] = whole_of.get(part[2], part[2])
-        elif copy := re.search(r"async_copy_global_to_local %\w+, %(\w+)", line):
+        elif copy := re.search(r"async_(?:copy_global_to_local %\w+,|tma_copy_global_to_local .*\]) %(\w+)", line):
             target = whole_of[copy[1]]
             if step is None:
                 ahead[target] += 1
@@ -127,7 +142,9 @@ def collisions(ttgir: str) -> tuple[int, list[str]]:
     return products, wrong
 
 
-def compiled() -> dict[str, str]:
+@cache
+def compiled() -> dict[str, tuple[str, int, int]]:
+    """By kernel and constants: its code for Hopper, its copies by descriptor, its bytes of shared memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -135,16 +152,30 @@ def compiled() -> dict[str, str]:
 
 
 def test_no_copy_goes_into_a_buffer_that_a_product_still_reads() -> None:
-    found = {name: collisions(ttgir) for name, ttgir in compiled().items()}
+    found = {name: collisions(ttgir) for name, (ttgir, _, _) in compiled().items()}
     asynchronous = {name.split("'")[1] for name, (products, _) in found.items() if products}
-    assert {"route_shrink", "linear_expand"} <= asynchronous, "Hopper's asynchronous products are what this is about"
+    assert {"route_shrink", "linear_expand", "masked_shrink"} <= asynchronous, (
+        "Hopper's asynchronous products are what this is about"
+    )
     assert not {name: wrong for name, (_, wrong) in found.items() if wrong}
+    assert all(products for name, (products, _) in found.items() if compiled()[name][1])
 
 
+def test_launches_by_descriptors_copy_tensors_and_fit() -> None:
+    """All of them, those of the tables among them, with copies by the engine, within what a multiprocessor of Hopper has."""
+    copying = [(name, shared) for name, (_, copies, shared) in compiled().items() if copies]
+    assert len(copying) == 15
+    assert all(shared <= 227 * 1024 for _, shared in copying), copying
+
+
+BY_ADDRESS = "ttg.async_copy_global_to_local %p, %part : tensor"
+BY_DESCRIPTOR = "ttng.async_tma_copy_global_to_local %desc[%t, %i] %part, %barrier, %true : !tt.tensordesc"
+
+
+@pytest.mark.parametrize("copy", [BY_ADDRESS, BY_DESCRIPTOR])
 @pytest.mark.parametrize(("buffers", "pending", "found"), [(2, 1, True), (3, 1, False), (2, 0, False)])
-def test_a_buffer_too_few_is_seen(buffers: int, pending: int, found: bool) -> None:
+def test_a_buffer_too_few_is_seen(buffers: int, pending: int, found: bool, copy: str) -> None:
     """Two tiles ahead: the product of this step reads buffer i % 2 while tile i + 2 is copied there, unless waited for."""
-    copy = "ttg.async_copy_global_to_local %p, %part : tensor"
     index = "%part = ttg.memdesc_index %tile[%i] : memdesc"
     lines = [
         f"    %tile = ttg.local_alloc : () -> !ttg.memdesc<{buffers}x64x64xbf16>", index, copy, index, copy,

@@ -1,0 +1,249 @@
+"""Every tile shape of the routed kernels gives the same numbers, by addresses and by descriptors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from quietgoose.kernels.routed_lora import descriptors as by_descriptor
+from quietgoose.kernels.routed_lora import group_shape, group_tables, launch, split_gates, tiles
+from quietgoose.kernels.testing import assert_close
+
+from .routed_lora_problems import CASES, DEVICE, GPU, Problem, exact, lists, problem
+
+
+def test_rows_of_a_wider_tensor_and_every_tile_shape() -> None:
+    """x need not be contiguous; all candidates of the tuning give the same numbers."""
+    p = problem("mixed ranks", torch.float32)
+    shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
+    wide = torch.full((len(p.x), 50), float("nan"), device=DEVICE)
+    wide[:, 5:38] = p.x
+    x = wide[:, 5:38]
+    gates = split_gates(p.vectors, x.dtype)
+    updates = exact(p)[2]
+    count = max(len(tiles.CANDIDATES[name]) for name in ("route_shrink", "masked_shrink", "linear_expand"))
+    for number in range(count):
+        shrink, product = (
+            tiles.CANDIDATES[name][number % len(tiles.CANDIDATES[name])] for name in ("route_shrink", "linear_expand")
+        )
+        weight, index, hidden = launch.route(x, gates, tables, shape, p.k, False, p.a, chosen=shrink)
+        thin = tiles.CANDIDATES["route_only"][number % len(tiles.CANDIDATES["route_only"])]
+        alone = launch.route(x, gates, tables, shape, p.k, False, chosen=thin)
+        assert_close(str(thin), alone[0], weight.double())
+        assert torch.equal(alone[1], index)
+        apart = tiles.CANDIDATES["masked_shrink"][number % len(tiles.CANDIDATES["masked_shrink"])]
+        assert_close(
+            str(apart), launch.shrink_masked(x, p.a, tables, shape, weight, index, chosen=apart), hidden.double()
+        )
+        got = launch.linear(x, hidden, launch.Sites(p.weights, [], p.b), shape, chosen=product)
+        for y, w, update in zip(got, p.weights, updates):
+            assert_close(f"{shrink} {product}", y, p.x.double() @ w.double().t() + update)
+
+
+@pytest.mark.parametrize("name", ["decode_one", "decode_update"])
+def test_every_tile_of_one_token_gives_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem("one token", torch.float32)
+    gates, tables = lists(p)
+    shape, want = group_shape(p.ranks), p.x.double() @ p.weights[0].double().t() + exact(p)[2][0]
+    assert {entry[2] for entry in getattr(tiles, name.upper())} <= set(tiles.CANDIDATES[name])
+    for tile in tiles.CANDIDATES[name]:
+        monkeypatch.setattr(tiles, name.upper(), [(tiles.LIMITLESS, tiles.LIMITLESS, tile)])
+        got = torch.ops.quietgoose.routed_linears(
+            p.x, p.weights, [], p.a, p.b, gates, tables, shape.num_experts, shape.widest, p.k, False, "decode"
+        )
+        assert_close(str(tile), got[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_tiles_of_many_tokens_give_the_same_numbers(dtype: torch.dtype) -> None:
+    """What 4,096 and 32,768 tokens take, with several slot blocks and a last block of tokens that is not full."""
+    CASES["many slots"] = (150, 96, (40, 24), [[16] * 20] * 2, 2)
+    p = problem("many slots", dtype)
+    shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
+    gates, updates = split_gates(p.vectors, dtype), exact(p)[2]
+    for tokens in (4096, 32768):
+        tile = tiles.choose(tiles.ROUTE_SHRINK, tokens, 96)
+        _, _, hidden = launch.route(p.x, gates, tables, shape, p.k, False, p.a, store=False, chosen=tile)
+        product = tiles.choose(tiles.LINEAR_EXPAND, tokens, 96)
+        got = launch.linear(p.x, hidden, launch.Sites(p.weights, [], p.b), shape, chosen=product)
+        for y, w, update in zip(got, p.weights, updates):
+            assert_close(f"{tokens} tokens", y, p.x.double() @ w.double().t() + update)
+
+
+# widths and outputs that are multiples of 8, as descriptors want them, and of nothing else; several blocks of everything
+CASES["copied, three sites"] = (150, 136, (40, 24, 16), [[8] * 5] * 3, 2)
+CASES["copied, many slots"] = (70, 104, (40, 24), [[16] * 20] * 2, 2)
+CASES["copied, mixed ranks"] = (35, 72, (264,), [[1, 2, 3, 4, 6]], 3)
+COPIED = [case for case in CASES if case.startswith("copied")]
+COPYING = {name: tiles.CANDIDATES[name] for name in ("route_shrink_copies", "linear_expand_copies")}
+
+
+def ours(p: Problem, shrink: tiles.Tiles, product: tiles.Tiles, biases: list[torch.Tensor]) -> list[torch.Tensor]:
+    shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
+    gates = split_gates(p.vectors, p.x.dtype)
+    _, _, hidden = launch.route(p.x, gates, tables, shape, p.k, False, p.a, store=False, chosen=shrink)
+    return launch.linear(p.x, hidden, launch.Sites(p.weights, biases, p.b), shape, chosen=product)
+
+
+def copies_of(p: Problem, shrink: tiles.Tiles, product: tiles.Tiles) -> list[Any]:
+    """How both launches would read these tensors; None by addresses."""
+    shape, gates = group_shape(p.ranks), split_gates(p.vectors, p.x.dtype)
+    hidden = p.x.new_empty(len(p.x), sum(shape.slots))
+    return [
+        by_descriptor.route_way(shrink, p.x, gates, p.a, 32, max(shape.slots)),
+        by_descriptor.linear_way(product, p.x, hidden, p.weights, p.b),
+    ]
+
+
+@pytest.mark.parametrize("case", COPIED)
+def test_copies_by_descriptor_give_the_same_numbers(case: str) -> None:
+    """Every candidate in one case, some in others; with biases every other time; both loops of the product."""
+    p = problem(case, torch.float16)
+    updates, loops = exact(p)[2], set()
+    for number, product in enumerate(COPYING["linear_expand_copies"][:: 1 if case == "copied, three sites" else 5]):
+        shrink = COPYING["route_shrink_copies"][number % len(COPYING["route_shrink_copies"])]
+        found = copies_of(p, shrink, product)
+        assert None not in found
+        loops.add(found[1].tile.loads)
+        biases = p.biases if number % 2 else []
+        for site, y in enumerate(ours(p, shrink, product, biases)):
+            want = p.x.double() @ p.weights[site].double().t() + updates[site]
+            assert_close(f"{shrink} {product}", y, want + biases[site].double() if biases else want)
+    assert loops == ({"copies"} if case == "copied, many slots" else {"copies", "joined"})
+
+
+@pytest.mark.parametrize("arrow", [False, True])
+def test_routing_beside_copies_equals_fp64(arrow: bool) -> None:
+    for case in COPIED:
+        p = problem(case, torch.float16)
+        shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
+        want, index, _ = exact(p, arrow)
+        for tile in COPYING["route_shrink_copies"][:2]:
+            gates = split_gates(p.vectors, p.x.dtype)
+            weight, chosen, _ = launch.route(p.x, gates, tables, shape, p.k, arrow, p.a, chosen=tile)
+            assert_close("weights", weight, want, dtype=torch.float32)
+            assert torch.equal(chosen.long(), index)
+
+
+def test_a_token_that_is_not_finite_spoils_itself_alone_in_copies() -> None:
+    p = problem("copied, three sites", torch.float16)
+    shrink, product = (COPYING[name][0] for name in COPYING)
+    want, spoilt = ours(p, shrink, product, []), p.x.clone()
+    spoilt[7, 3] = float("nan")
+    others = torch.arange(len(p.x), device=DEVICE) != 7
+    for y, usual in zip(ours(p._replace(x=spoilt), shrink, product, []), want):
+        assert not y[7].isfinite().any()
+        torch.testing.assert_close(y[others], usual[others], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("why", ["fp32", "width", "address", "distance of rows"])
+def test_what_a_descriptor_refuses_goes_by_addresses(why: str) -> None:
+    if why == "width":
+        CASES["refused"] = (18, 50, (40, 24), [[8] * 5] * 2, 2)
+    p = problem(
+        "refused" if why == "width" else "copied, three sites", torch.float32 if why == "fp32" else torch.float16
+    )
+    if why in ("address", "distance of rows"):
+        first, room = (1, 16) if why == "address" else (0, 3)
+        wide = p.x.new_full((len(p.x), p.x.shape[1] + room), float("nan"))
+        wide[:, first : first + p.x.shape[1]] = p.x
+        p = p._replace(x=wide[:, first : first + p.x.shape[1]])
+    shrink, product = (COPYING[name][0] for name in COPYING)
+    assert copies_of(p, shrink, product) == [None, None]
+    for y, w, update in zip(ours(p, shrink, product, []), p.weights, exact(p)[2]):
+        assert_close(why, y, p.x.double() @ w.double().t() + update)
+
+
+def test_which_calls_take_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables by size; of small eager calls the first goes both ways, so that a capture finds both kernels loaded."""
+    p = problem("copied, three sites", torch.float16)
+    monkeypatch.setattr(tiles, "EAGER_COPIES", [1000])
+    hidden, tile = p.x.new_empty(len(p.x), 120), COPYING["linear_expand_copies"][0]
+    for content, taken in ((None, False), (tile, True)):
+        monkeypatch.setattr(tiles, "LINEAR_EXPAND_COPIES", [(100, 2**40, None), (2**40, 2**40, content)])
+        assert (by_descriptor.linear_way(None, p.x, hidden, p.weights, p.b) is not None) == taken
+        assert by_descriptor.linear_way(None, p.x[:100], hidden[:100], p.weights, p.b) is None
+    copied, plain = (by_descriptor.Way(tile, (), block_r) for block_r in (16, 32))
+    capturing, made = False, []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def ways(tokens: int, chosen: Any = None) -> list[Any]:
+        like = {"shape": (tokens, 8), "stride": lambda: (8, 1), "dtype": torch.float16, "device": "cuda:0"}
+        fake: Any = SimpleNamespace(is_cuda=True, **like)
+        return by_descriptor.ways(lambda: made.append(tokens) or copied, plain, chosen, fake, "here")
+
+    assert [len(ways(500)), ways(500) == [plain], len(ways(501))] == [2, True, 2]
+    assert made == [500, 501], "descriptors that nobody takes are not made"
+    assert [ways(1000), ways(500, tile)] == [[copied], [copied]]
+    capturing = True
+    assert ways(500) == [copied]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1100, 4096, 32768])
+@pytest.mark.parametrize(("width", "outs"), [(576, (576, 192, 192)), (576, (1536, 1536)), (1536, (576,))])
+def test_copies_of_real_sizes_equal_fp64_and_themselves(tokens: int, width: int, outs: tuple[int, ...]) -> None:
+    """Every candidate, in bf16, three times: a race shows as two different answers; then a captured graph with new tokens."""
+    CASES["real"] = (tokens, width, outs, [[16] * 16] * len(outs), 2)
+    p = problem("real", torch.bfloat16)
+    rows = torch.linspace(0, tokens - 1, 1024).long().to(DEVICE)
+    some = p._replace(x=p.x[rows])
+    want = [some.x.double() @ w.double().t() + update for w, update in zip(p.weights, exact(some)[2])]
+    for number, product in enumerate(COPYING["linear_expand_copies"]):
+        shrink = COPYING["route_shrink_copies"][number % len(COPYING["route_shrink_copies"])]
+        assert None not in copies_of(p, shrink, product)
+        first = ours(p, shrink, product, [])
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(ours(p, shrink, product, []), first)), (shrink, product)
+        for y, twin in zip(first, want):
+            assert_close(f"{shrink} {product}", y[rows], twin)
+    x, graph, shape = p.x.clone(), torch.cuda.CUDAGraph(), group_shape(p.ranks)
+    tables, gates = (
+        group_tables(p.ranks, x.device),
+        split_gates(p.vectors, x.dtype),
+    )  # no copies from the host while capturing
+    with torch.cuda.graph(graph):
+        _, _, hidden = launch.route(x, gates, tables, shape, p.k, False, p.a, store=False, chosen=shrink)
+        got = launch.linear(x, hidden, launch.Sites(p.weights, [], p.b), shape, chosen=product)
+    x.copy_(-p.x)
+    graph.replay()
+    for y, twin in zip(got, ours(p._replace(x=x), shrink, product, [])):
+        assert torch.equal(y, twin)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_a_capture_takes_descriptors_and_small_eager_calls_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    CASES["real"] = (2048, 576, (576, 192, 192), [[16] * 16] * 3, 2)
+    p = problem("real", torch.bfloat16)
+    gates, tables = lists(p)
+    for name, found in COPYING.items():
+        monkeypatch.setattr(tiles, name.upper(), [(tiles.LIMITLESS, tiles.LIMITLESS, found[-1])])
+    taken: list[bool] = []
+
+    def ways(*given: Any, real: Any = by_descriptor.ways) -> Any:
+        found = real(*given)
+        taken.append(bool(found[-1].descriptors[0]))
+        return found
+
+    monkeypatch.setattr(by_descriptor, "ways", ways)
+
+    def work() -> list[torch.Tensor]:
+        return torch.ops.quietgoose.routed_linears(
+            p.x, p.weights, [], p.a, p.b, gates, tables, 16, 16, p.k, False, "fused"
+        )
+
+    want, graph = work(), torch.cuda.CUDAGraph()
+    work()
+    with torch.cuda.graph(graph):
+        got = work()
+    graph.replay()
+    assert taken == [False] * 4 + [True] * 2
+    for y, twin in zip(got, want):
+        assert_close("captured", y, twin.double())
