@@ -40,7 +40,8 @@ tests() {  # 7 minutes
   run tests_rest 420 python -m pytest -q -n 6 --timeout 300 -m gpu tests/thoughts tests/alignment tests/train
 }
 routed() {  # 14 minutes
-  bench routed_models 460 routed_lora --parts models decode tune --shapes smollm2 llama3-8b --experts 16 166 --model-experts 16 166 --no-peft --budget-seconds 420
+  run routed_tiles 200 python -m pytest -q -n 6 -rf -m gpu tests/kernels/test_routed_lora_tiles.py
+  bench routed_models 460 routed_lora --parts models decode --shapes smollm2 llama3-8b --experts 16 166 --model-experts 16 166 --no-peft --budget-seconds 420
   bench routed_layer 260 routed_lora --parts layer --budget-seconds 240
   bench routed_training 200 routed_lora_training --budget-seconds 170
 }
