@@ -132,7 +132,7 @@ def resolve_policy(policy: Policy | str | Mapping[str, Any] | None) -> Policy:
     if isinstance(policy, Mapping):
         settings = dict(policy)
         base = resolve_policy(settings.pop("preset", "default"))
-        return Policy.from_dict(base.to_dict() | settings)
+        return known_settings(Policy, base.to_dict() | settings, "cache policy", code="CFG-050", also=("preset",))
     raise _bad("policy", policy, f"a Policy, a mapping of settings, or a preset: {', '.join(PRESETS)}")
 
 

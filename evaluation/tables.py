@@ -149,6 +149,12 @@ def gap_closed(results: Results, arm: str, group: str = ALL) -> float | None:
     return (own - base) / (oracle - base)
 
 
+def mean_values(results: Results) -> dict[str, float]:
+    """`accuracy/<arm>/<group>` and `nats/<arm>/<group>`: what MLflow shows of a table."""
+    values = {f"accuracy/{mean.arm}/{mean.group}": mean.accuracy.value for mean in results.means}
+    return values | {f"nats/{mean.arm}/{mean.group}": mean.nats.value for mean in results.means}
+
+
 def percent(value: Interval, signed: bool = False) -> str:
     """`71.4 [69.0, 73.9]`, in per cent; a signed value shows its plus."""
     mark = "+" if signed else ""

@@ -198,5 +198,6 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value:
         found = "missing" if field not in row else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise DataError(f"{where}: field '{field}' is {found}; a non-empty string is needed", code="DATA-001")
+        also = ", also beside target or choices" if field == "completion" else ""
+        raise DataError(f"{where}: field '{field}' is {found}; a non-empty string is needed{also}", code="DATA-001")
     return value

@@ -46,6 +46,7 @@ class ThoughtTrace:
     weight                mixing weight; NaN or None: nothing was thought
     new_from              index of the first generated token; None if the text was given
     label                 a heading; by default the text's number
+    counted_from          index of the first token the summary counts: the answer's, where only answers are thought about in training
     """
 
     tokens: Sequence[str]
@@ -55,6 +56,7 @@ class ThoughtTrace:
     thoughts: Sequence[Sequence[SampledThought]]
     new_from: int | None = None
     label: str = ""
+    counted_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def write_thoughts_report(
         "facts": [[str(key), str(value)] for key, value in (facts or {}).items()],
         "notes": list(notes),
         "summary": vars(summarise(traces)),
+        "answers": any(trace.counted_from for trace in traces),
         "limit": colour_limit(traces),
         "traces": shown,
     }
@@ -111,9 +114,14 @@ def write_thoughts_report(
 
 
 def summarise(traces: Sequence[ThoughtTrace]) -> Summary:
-    """The summary row: a token counts where it was scored with and without a thought."""
-    gain, base, mixed = gains(traces), _joined(traces, "base_nll"), _joined(traces, "mixed_nll")
-    scored, weight = np.isfinite(gain), _joined(traces, "weight")
+    """The summary row: a token counts where it was scored with and without a thought, from its trace's `counted_from` on."""
+    counted = np.array([at >= trace.counted_from for trace in traces for at in range(len(trace.tokens))], dtype=bool)
+    gain, base, mixed = (
+        gains(traces)[counted],
+        _joined(traces, "base_nll")[counted],
+        _joined(traces, "mixed_nll")[counted],
+    )
+    scored, weight = np.isfinite(gain), _joined(traces, "weight")[counted]
 
     def mean(values: np.ndarray) -> float:
         return float(values.mean()) if values.size else math.nan

@@ -140,12 +140,11 @@ def _logged(
     uri: str, experiment: str, credentials: str | None, paths: Sequence[Path], facts: Mapping[str, Any], results: Any
 ) -> str:
     """The tables as one MLflow run; its metrics are the means of every group of tasks. How it went."""
+    from quietgoose.evaluation.tables import mean_values
     from quietgoose.train.tracking import log_tables
 
-    values = {f"accuracy/{mean.arm}/{mean.group}": mean.accuracy.value for mean in results.means}
-    values |= {f"nats/{mean.arm}/{mean.group}": mean.nats.value for mean in results.means}
     name = f"{facts['model']}: {paths[0].stem}"
-    return log_tables(uri, experiment, credentials, paths[0].parent, name, facts, values, paths)
+    return log_tables(uri, experiment, credentials, paths[0].parent, name, facts, mean_values(results), paths)
 
 
 def _at_least_one(**numbers: int | None) -> None:

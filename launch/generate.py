@@ -95,7 +95,7 @@ def generate(
         model: an exported folder (quietgoose.json stands in it), or a folder in Hugging Face format
         prompt: the text to continue
         prompts: a JSONL file with a prompt in every line, instead of --prompt
-        kv_cache: zipcache (quantised), dynamic (16 bit, grows) or static (16 bit, allocated at once)
+        kv_cache: zipcache (quantised, the default), dynamic (16 bit, grows) or static (16 bit, allocated at once)
         kv_policy: preset of zipcache: default, paper, quality, small or lossless
         kv_sixteen_bit_layers: layers of zipcache left at 16 bits, for example "[7,18]" (quietgoose.sensitive_layers finds them)
         max_new_tokens: new tokens of a continuation at most

@@ -92,7 +92,7 @@ def told(tokenizer: Any, new_BN: Any, thoughts: GeneratedThoughts) -> list[list[
 def print_thoughts(rows: Sequence[Sequence[dict[str, Any]]]) -> None:
     """One line a thought: the token it came before, its mixing weight, what was thought."""
     for number, row in enumerate(rows, 1):
-        print("--- thoughts" + (f" of {number}" if len(rows) > 1 else ""))
+        print(f"--- thoughts{f' of {number}' if len(rows) > 1 else ''}: before which token, mixing weight, thought")
         for entry in row:
             token = _quoted(entry["token"])
             lines = [f"{t['weight']:+.2f}  {_quoted(t['text'])}" for t in entry["thoughts"]] or ["-"]

@@ -29,13 +29,14 @@ PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 HUB_COMMIT = re.compile(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}")
 
 
-def load_peft(folder: Path, name: str, sites: Sequence[Site]) -> Expert:
+def load_peft(folder: Path | str, name: str, sites: Sequence[Site]) -> Expert:
     """The adapter in `folder` as expert `name`, tensors in fp32 on the CPU.
 
     `sites` are all linears of the base (`sites.all_sites`). Raises NameRefused (SEC-002), SecurityError SEC-001
     (pickled weights), SEC-003 (leaves the folder), SEC-004 (configuration), SEC-005 (tensors), ArtifactError EXP-001
     (no adapter there) or EXP-002 (made for another base).
     """
+    folder = Path(folder)
     _refuse_pickles(folder)
     config = read_adapter_config(folder)
     pairs = _pair_up(read_tensors(folder, WEIGHTS), folder)

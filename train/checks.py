@@ -9,13 +9,14 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..base.errors import DataError, QuietGooseError, RecipeError, suggest
+from ..base.errors import QuietGooseError, RecipeError, suggest
 from ..base.files import safe_name
 from .image_checks import check_images, draws_images, finished, image_needs, image_ranges
 from .recipe import STAGES, BaseSettings, Recipe, SourceSettings, TrainSettings
+from .row_checks import check_rows, check_task_sources
 from .safe_yaml import read_yaml
 from .speed_checks import check_speed
 from .thought_settings import (
@@ -58,8 +59,8 @@ def trains(recipe: Recipe) -> dict[str, TrainSettings]:
 
 
 def expert_names(recipe: Recipe) -> list[str]:
-    """All experts of the recipe: included tasks, own sources, loaded adapters. Raises as data/build.py."""
-    return [*_sources(recipe), *recipe.experts.load]
+    """All experts of the recipe, each once: included tasks, own sources, loaded adapters. Raises as data/build.py."""
+    return list(dict.fromkeys([*_sources(recipe), *recipe.experts.load]))
 
 
 def _sources(recipe: Recipe) -> dict[str, SourceSettings]:
@@ -320,7 +321,7 @@ def _evaluate(recipe: Recipe) -> Iterator[Problem]:
         find_tasks(Path(settings.collection).expanduser(), settings.split, settings.include)
     elif settings.include:
         yield "CFG-011", "evaluate.include names tasks of a collection; set evaluate.collection to its folder"
-    yield from _task_sources("evaluate.tasks", settings.tasks, settings.split)
+    yield from check_task_sources("evaluate.tasks", settings.tasks, settings.split)
 
 
 def _evaluate_thoughts(recipe: Recipe) -> Iterator[Problem]:
@@ -338,18 +339,8 @@ def _evaluate_thoughts(recipe: Recipe) -> Iterator[Problem]:
     if settings.text is not None:
         _check_source(settings.text, "evaluate.thoughts.text")
     for where, tasks in (("tasks", settings.tasks), ("generated", settings.generated)):
-        yield from _task_sources(f"evaluate.thoughts.{where}", tasks, recipe.evaluate.split)
+        yield from check_task_sources(f"evaluate.thoughts.{where}", tasks, recipe.evaluate.split)
     yield from check_table(recipe)
-
-
-def _task_sources(where: str, tasks: Mapping[str, str], split: str) -> Iterator[Problem]:
-    from .tasks import check_split
-
-    for name, source in tasks.items():
-        try:
-            check_split(source, split)
-        except DataError as error:
-            yield error.code.removeprefix("QG-"), f"{where}.{name}: {error.message}"
 
 
 def _tracking(recipe: Recipe) -> Iterator[Problem]:
@@ -397,4 +388,4 @@ def _resume(recipe: Recipe) -> Iterator[Problem]:
         yield "CFG-003", f"resume.step: {recipe.resume.step}; at least 0"
 
 
-LANGUAGE = (_base, _data, _experts, _thoughts, _router, _evaluate)
+LANGUAGE = (_base, _data, _experts, _thoughts, _router, _evaluate, check_rows)

@@ -15,7 +15,7 @@ from ..base.errors import RecipeError
 from ..base.files import write_json
 from ..evaluation.report import Trace
 from ..evaluation.run import evaluate
-from ..evaluation.tables import write_results
+from ..evaluation.tables import mean_values, write_results
 from ..evaluation.tasks import Item, Task, find_tasks, load_task
 from ..routing.library import ExpertLibrary
 from ..routing.model import attach
@@ -90,6 +90,7 @@ def evaluate_routing(context: Context, base: LoadedBase, facts: Mapping[str, Any
         ]
         routing = routing_summary(traces, library)
     context.event("routing", **routing)
+    context.event("results", **mean_values(results))
 
     def write(folder: Path) -> None:
         write_results(results, folder, recipe.name, facts)

@@ -22,7 +22,7 @@ from ..base.errors import DataError
 from ..base.files import write_atomic, write_json
 from ..evaluation.results import Results
 from ..evaluation.run import evaluate
-from ..evaluation.tables import to_markdown, write_results
+from ..evaluation.tables import mean_values, to_markdown, write_results
 from ..evaluation.tasks import Task
 from ..evaluation.thoughts_report import ThoughtTrace, write_thoughts_report
 from ..evaluation.thoughts_trace import thought_trace
@@ -45,7 +45,7 @@ from .thought_settings import GENERATING, arm_applies, thought_plan
 NAME, GENERATED, DECILES, PAGE = "thoughts", "generated", "deciles.json", "thoughts.html"
 ANSWERS_ONLY = (
     "The model learned to think before the tokens of answers only (thoughts.loss_on: completion). Here the tokens of the questions "
-    "are thought about and scored as well, and the means above count them."
+    "are thought about and coloured as well; the means above leave them out."
 )
 SHOWN_TEXTS = 8
 SHOWN_SAMPLES = 3
@@ -73,6 +73,9 @@ def evaluate_thoughts(context: Context, base: LoadedBase) -> ThoughtFindings:
         written = _table(context, thinker, generated, GENERATING) if generated else None
         gains = None if data is None else thought_deciles.token_gains(thinker, data, context.device)
         traces = _traces(base, [*tasks, *generated], context) if thinker.config.thinks else []
+    for kind, table in (("thoughts", results), ("generated", written)):
+        if table is not None:
+            context.event(kind, **mean_values(table))
     return ThoughtFindings(results, written, gains, traces)
 
 
@@ -185,8 +188,16 @@ def _traces(base: LoadedBase, tasks: list[Task], context: Context) -> list[Thoug
                 text = item.prompt + item.continuations[item.gold]
                 ids = base.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
                 label = f"{task.name} {number + 1}"
-                found.append(thought_trace(base.model, base.tokenizer, ids.to(context.device), settings, label=label))
+                trace = thought_trace(base.model, base.tokenizer, ids.to(context.device), settings, label=label)
+                answers_only = context.recipe.thoughts.loss_on == "completion"
+                found.append(
+                    dataclasses.replace(trace, counted_from=_answer_start(base, item.prompt) if answers_only else 0)
+                )
     return found
+
+
+def _answer_start(base: LoadedBase, prompt: str) -> int:
+    return len(base.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def thoughts_writer(context: Context, found: ThoughtFindings, facts: Mapping[str, Any]) -> Writer:

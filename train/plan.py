@@ -1,5 +1,5 @@
-"""The dry run: what a recipe would train, in which memory, for how many steps and tokens. No GPU, no weights, no data read
-but the number of rows.
+"""The dry run: what a recipe would train, in which memory, for how many steps and tokens, and whether every row of its files is
+well-formed. No GPU, no weights, no data but those files.
 
     deepspeed launch/train.py --config launch/recipes/smollm2_collection.yaml --dry_run
 
@@ -255,6 +255,11 @@ def show_plan(recipe: Recipe, world: int = 1, arguments: Sequence[str] = ()) -> 
         from .plan_images import show_image_plan
 
         return show_image_plan(recipe, world, arguments)
+    from .row_checks import check_rows
+    from .settings import refuse
+
+    if problems := list(dict.fromkeys(check_rows(recipe, head=None))):
+        refuse(problems)
     plan = make_plan(recipe, world)
     console = Console(width=None if _terminal() else 120, highlight=False)
     console.print(_facts(plan, recipe))

@@ -79,7 +79,7 @@ def parse_command(argv: Sequence[str]) -> Command:
     except Exception as error:
         if isinstance(error, QuietGooseError):
             raise
-        _raise(_bad_values(settings_given) or [("CFG-003", _said_by_parser(error))], error)
+        refuse(_bad_values(settings_given) or [("CFG-003", _said_by_parser(error))], error)
     return Command(_checked(_as_recipe(namespace)), own.dry_run, own.local_rank)
 
 
@@ -87,7 +87,7 @@ def recipe_from_plain(content: Mapping[str, Any]) -> Recipe:
     """The checked recipe of what `plain` made, or of any nested mapping. RecipeError as `load_recipe`."""
     unknown = _unknown_keys(content, Recipe, "")
     if unknown:
-        _raise([("CFG-001", text) for text in unknown])
+        refuse([("CFG-001", text) for text in unknown])
     parser = _kept_parser()
     try:
         namespace = parser.instantiate(parser.parse_object(dict(content)))
@@ -108,7 +108,7 @@ def _checked(recipe: Recipe) -> Recipe:
         recipe.evaluate.images.samplers = recipe.evaluate.images.samplers or {"ode": SamplerSettings()}
     problems = check_recipe(recipe)
     if problems:
-        _raise(problems)
+        refuse(problems)
     if "compare" in recipe.stages:
         from .compare_settings import check_arms
 
@@ -171,7 +171,8 @@ def _harmless(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
 
 
-def _raise(problems: Sequence[tuple[str, str]], cause: BaseException | None = None) -> typing.NoReturn:
+def refuse(problems: Sequence[tuple[str, str]], cause: BaseException | None = None) -> typing.NoReturn:
+    """RecipeError for problems, as many as there are, with the code of the first."""
     code, text = problems[0]
     if len(problems) == 1:
         raise RecipeError(text, code=code) from cause
@@ -217,7 +218,7 @@ def _refuse_unknown(arguments: Sequence[str]) -> None:
         if argument.startswith("-") and not argument[1:2].isdigit():  # -1 is a value, not an option
             problems += [("CFG-001", text) for text in _unknown_option(argument)]
     if problems:
-        _raise(problems)
+        refuse(problems)
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from quietgoose.base.errors import RecipeError
 from quietgoose.base.settings import known_settings
-from quietgoose.cache.policy import Policy
+from quietgoose.cache.policy import Policy, resolve_policy
 from quietgoose.thoughts.generation import ThoughtGeneration, thought_settings
 
 
@@ -30,6 +30,8 @@ def test_a_name_that_is_no_field_is_refused_with_the_nearest() -> None:
 def test_who_uses_it() -> None:
     with pytest.raises(RecipeError, match=r"QG-CFG-050 cache policy: no setting 'seeed'; .*Did you mean 'seed'"):
         Policy.from_dict({"seeed": 1})
+    with pytest.raises(RecipeError, match=r"no setting 'presett'; there are preset, .*Did you mean 'preset'"):
+        resolve_policy({"presett": "paper"})
     with pytest.raises(RecipeError, match=r"QG-CFG-092 thoughts: no setting 'sample'; .*Did you mean 'samples'"):
         thought_settings({"sample": 1})
     assert Policy.from_dict({"seed": 3}) == Policy(seed=3)

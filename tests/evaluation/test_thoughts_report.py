@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 from quietgoose.base.errors import DataError
@@ -60,6 +61,12 @@ def test_summary_counts_scored_tokens_only():
     assert (found.helped, found.hurt) == (0.5, 0.25)
     assert found.weight == 0.5
     assert found.base_nll - found.mixed_nll == pytest.approx(0.25)
+    answer = summarise(
+        [replace(trace(["a", "b", "c", "d"], [1.0, -0.5, 0.25]), counted_from=2), trace(["x", "y"], [0.5])]
+    )
+    assert answer.scored == 3
+    assert answer.gain == pytest.approx(0.25 / 3)
+    assert answer.hurt == pytest.approx(1 / 3)
     empty = summarise([])
     assert empty.scored == 0
     assert math.isnan(empty.gain)

@@ -78,7 +78,7 @@ def test_samples_and_seed(capsys):
 def test_shown_thoughts_stand_behind_the_text(capsys):
     assert main([*COMMON, "--thoughts", "--show-thoughts"]) == 0
     out, err = capsys.readouterr()
-    text, _, thoughts = out.partition("--- thoughts\n")
+    text, _, thoughts = out.partition("--- thoughts: before which token, mixing weight, thought\n")
     assert text.strip()
     lines = thoughts.splitlines()
     assert len(lines) == 5

@@ -55,7 +55,7 @@ def test_peft_adapters_load_with_equal_logits(new_model, tokens, tmp_path, case:
     randomise(theirs)
     theirs.save_pretrained(tmp_path)
     model = new_model()
-    expert = load_peft(tmp_path, "ant", all_sites(model))
+    expert = load_peft(str(tmp_path), "ant", all_sites(model))
     attach(model, ExpertLibrary([expert]), "expert:ant")
     torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
     assert not torch.equal(model(tokens).logits, detach(model)(tokens).logits)

@@ -98,6 +98,13 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     (told,) = (dict(numbers(event)) for event in events if event["kind"] == "routing")  # what MLflow gets
     assert 0 < told["entropy"] < math.log(2), "two experts a token, neither alone nor both alike at every site"
     assert told["entropy"] == read_json(evaluated / "routing.json")["entropy"]
+    (means,) = (dict(numbers(event)) for event in events if event["kind"] == "results")
+    table = read_json(evaluated / "results.json")["means"]
+    assert means["accuracy/phatgoose/all"] == next(
+        mean["accuracy"][0] for mean in table if (mean["arm"], mean["group"]) == ("phatgoose", "all")
+    )
+    (thinking,) = (dict(numbers(event)) for event in events if event["kind"] == "thoughts")
+    assert {"accuracy/thought/all", "nats/no_thought/all"} <= set(thinking)
     thoughts = (evaluated / "thoughts.md").read_text()
     assert all(arm in thoughts for arm in ("no_thought", "shuffled", "pause", "random", "temperature", "entropy, nats"))
     page = (evaluated / "thoughts.html").read_text()

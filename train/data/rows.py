@@ -26,6 +26,10 @@ from ..recipe import SourceSettings
 
 SKILLS, STEPS = "skills:", "steps:"
 JOIN = " + "
+NO_CHAT_TEMPLATE = (
+    "field messages needs a chat template, and the tokenizer of the base has none; "
+    "give prompt and completion, or a base with a chat template"
+)
 FILE_ENDINGS = (".jsonl", ".jsonl.gz")
 MAX_LINE_BYTES = 64 * 2**20
 log = logging.getLogger("quietgoose.data")

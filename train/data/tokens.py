@@ -24,7 +24,7 @@ import numpy as np
 from ...base.errors import DataError, SecurityError
 from ...base.files import fsync_folder, sha256_json
 from ..recipe import SourceSettings
-from .rows import BadRows, Row, RowReport, log, open_source, read_rows
+from .rows import NO_CHAT_TEMPLATE, BadRows, Row, RowReport, log, open_source, read_rows
 
 CACHE_FORMAT = "quietgoose-tokens-1"
 CHUNK_ROWS = 2048
@@ -165,11 +165,7 @@ def _chat_pieces(row: Row, tokenizer: Any) -> list[Piece]:
     """A conversation as its chat template writes it; what the assistant says, up to its end-of-text, is
     trained."""
     if not tokenizer.chat_template:
-        raise DataError(
-            f"{row.where}: field messages needs a chat template, and the tokenizer of the base has none; "
-            "give prompt and completion, or a base with a chat template",
-            code="DATA-005",
-        )
+        raise DataError(f"{row.where}: {NO_CHAT_TEMPLATE}", code="DATA-005")
     pieces: list[Piece] = []
     done = ""
     messages = [dict(message) for message in row.messages or ()]
