@@ -163,13 +163,17 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 # Which formulation takes a call: read downwards, the first line that holds. Columns: tokens up to, rank slots of a site
 # up to, input width up to, formulation. Measured with 16 experts and a layer of SmolLM2, ms (2026-11-26_routed_lora_tune_h100.json):
 # 16 tokens decode 0.057, stock 0.057, fused 0.064; 64 tokens fused 0.056, decode 0.098; 4,096 tokens fused and stock about equal;
-# 32,768 tokens fused 1.064, stock 1.14. Wider inputs up to 64 tokens: 2026-11-26_routed_lora_h100_first.json; wider inputs
-# beyond, and `grouped` against the rest: estimates.
+# 32,768 tokens fused 1.064, stock 1.14. The other lines come from the first kernels (2026-11-26_routed_lora_h100_first.json; up to
+# 512 tokens they agreed with fp64): LLaMA3-8B's layer, 16 experts, 128 / 512 / 4,096 tokens, grouped 0.661 / 0.847 / 3.65, stock
+# 0.743 / 0.996 / 3.14; SmolLM2's with 64 experts, 128 / 512, stock 0.131 / 0.229, grouped 0.181 / 0.192. Estimates: wider inputs
+# beyond 512 tokens, where `stock` has another first pass today, and all other numbers of experts.
 CROSSOVERS: list[tuple[int, int, int, str]] = [
     (16, LIMITLESS, 2048, "decode"),
     (LIMITLESS, 512, 2048, "fused"),
     (64, LIMITLESS, LIMITLESS, "decode"),
+    (1024, 512, LIMITLESS, "grouped"),
     (LIMITLESS, 512, LIMITLESS, "stock"),
+    (256, 1024, LIMITLESS, "stock"),
     (LIMITLESS, LIMITLESS, LIMITLESS, "grouped"),
 ]
 
