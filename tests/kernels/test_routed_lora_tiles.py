@@ -14,7 +14,7 @@ from quietgoose.kernels.routed_lora import descriptors as by_descriptor
 from quietgoose.kernels.routed_lora import group_shape, group_tables, launch, split_gates, tiles
 from quietgoose.kernels.testing import assert_close
 
-from .routed_lora_problems import CASES, DEVICE, GPU, Problem, exact, lists, problem
+from .routed_lora_problems import DEVICE, GPU, OTHERS, Problem, exact, lists, problem
 
 
 def test_rows_of_a_wider_tensor_and_every_tile_shape() -> None:
@@ -62,7 +62,7 @@ def test_every_tile_of_one_token_gives_the_same_numbers(name: str, monkeypatch: 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_tiles_of_many_tokens_give_the_same_numbers(dtype: torch.dtype) -> None:
     """What 4,096 and 32,768 tokens take, with several slot blocks and a last block of tokens that is not full."""
-    CASES["many slots"] = (150, 96, (40, 24), [[16] * 20] * 2, 2)
+    OTHERS["many slots"] = (150, 96, (40, 24), [[16] * 20] * 2, 2)
     p = problem("many slots", dtype)
     shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
     gates, updates = split_gates(p.vectors, dtype), exact(p)[2]
@@ -76,10 +76,10 @@ def test_tiles_of_many_tokens_give_the_same_numbers(dtype: torch.dtype) -> None:
 
 
 # widths and outputs that are multiples of 8, as descriptors want them, and of nothing else; several blocks of everything
-CASES["copied, three sites"] = (150, 136, (40, 24, 16), [[8] * 5] * 3, 2)
-CASES["copied, many slots"] = (70, 104, (40, 24), [[16] * 20] * 2, 2)
-CASES["copied, mixed ranks"] = (35, 72, (264,), [[1, 2, 3, 4, 6]], 3)
-COPIED = [case for case in CASES if case.startswith("copied")]
+OTHERS["copied, three sites"] = (150, 136, (40, 24, 16), [[8] * 5] * 3, 2)
+OTHERS["copied, many slots"] = (70, 104, (40, 24), [[16] * 20] * 2, 2)
+OTHERS["copied, mixed ranks"] = (35, 72, (264,), [[1, 2, 3, 4, 6]], 3)
+COPIED = [case for case in OTHERS if case.startswith("copied")]
 COPYING = {name: tiles.CANDIDATES[name] for name in ("route_shrink_copies", "linear_expand_copies")}
 
 
@@ -144,7 +144,7 @@ def test_a_token_that_is_not_finite_spoils_itself_alone_in_copies() -> None:
 @pytest.mark.parametrize("why", ["fp32", "width", "address", "distance of rows"])
 def test_what_a_descriptor_refuses_goes_by_addresses(why: str) -> None:
     if why == "width":
-        CASES["refused"] = (18, 50, (40, 24), [[8] * 5] * 2, 2)
+        OTHERS["refused"] = (18, 50, (40, 24), [[8] * 5] * 2, 2)
     p = problem(
         "refused" if why == "width" else "copied, three sites", torch.float32 if why == "fp32" else torch.float16
     )
@@ -190,7 +190,7 @@ def test_which_calls_take_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("width", "outs"), [(576, (576, 192, 192)), (576, (1536, 1536)), (1536, (576,))])
 def test_copies_of_real_sizes_equal_fp64_and_themselves(tokens: int, width: int, outs: tuple[int, ...]) -> None:
     """Every candidate, in bf16, three times: a race shows as two different answers; then a captured graph with new tokens."""
-    CASES["real"] = (tokens, width, outs, [[16] * 16] * len(outs), 2)
+    OTHERS["real"] = (tokens, width, outs, [[16] * 16] * len(outs), 2)
     p = problem("real", torch.bfloat16)
     rows = torch.linspace(0, tokens - 1, 1024).long().to(DEVICE)
     some = p._replace(x=p.x[rows])
@@ -220,7 +220,7 @@ def test_copies_of_real_sizes_equal_fp64_and_themselves(tokens: int, width: int,
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_a_capture_takes_descriptors_and_small_eager_calls_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    CASES["real"] = (2048, 576, (576, 192, 192), [[16] * 16] * 3, 2)
+    OTHERS["real"] = (2048, 576, (576, 192, 192), [[16] * 16] * 3, 2)
     p = problem("real", torch.bfloat16)
     gates, tables = lists(p)
     for name, found in COPYING.items():
