@@ -2,8 +2,9 @@
 
 A row has `prompt`, `completion` (normally begins with a space) and either `choices` + `answer` (index; the
 choices are ranked by likelihood) or `target` (what a generated answer must equal). A row with neither takes
-its completion as the target. `collection.json` beside the task folders may give every task a role, the group
-of its mean. Called by evaluation/run.py's callers: launch/evaluate.py and the evaluate stage.
+its completion as the target, one with choices and no completion its right choice as the completion (an answer may
+then be named by `target` too). `collection.json` beside the task folders may give every task a role, the group of
+its mean. Called by evaluation/run.py's callers: launch/evaluate.py and the evaluate stage.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -174,30 +175,60 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _item(row: dict[str, Any], where: str) -> Item:
-    prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
-    if "choices" not in row:
-        target = row.get("target", completion.strip())
-        if isinstance(target, int | float) and not isinstance(target, bool):
-            target = str(target)
-        if not isinstance(target, str) or not target.strip():
-            raise DataError(f"{where}: field 'target' must be a non-empty string or a number", code="DATA-001")
-        return Item(prompt, completion, target=target.strip())
-    choices, answer = row["choices"], row.get("answer")
+def right_choice(row: Mapping[str, Any]) -> int:
+    """Index of the right one of a row's `choices`: its `answer`, or the one choice that its `target` is. ValueError says what is
+    wrong with the fields if they name no choice, several, or two different ones."""
+    choices, answer, target = row["choices"], row.get("answer"), row.get("target")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise DataError(f"{where}: field 'choices' must be a list of two or more non-empty strings", code="DATA-001")
+        raise ValueError("field 'choices' must be a list of two or more non-empty strings")
+    named = [n for n, choice in enumerate(choices) if isinstance(target, str) and choice.strip() == target.strip()]
+    if "answer" not in row and "target" in row:
+        if len(named) != 1:
+            raise ValueError(
+                f"field 'target' is {target!r}, which is {len(named)} of the choices; give the index as 'answer'"
+            )
+        return named[0]
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise DataError(
-            f"{where}: field 'answer' is {answer!r}; it must be an index from 0 to {len(choices) - 1}",
-            code="DATA-001",
+        raise ValueError(f"field 'answer' is {answer!r}; it must be an index from 0 to {len(choices) - 1}")
+    return answer
+
+
+def completion_of(row: Mapping[str, Any]) -> str | None:
+    """The completion that a row without the field means: its right choice; None if the row has no choices. ValueError says
+    why the choices leave it open."""
+    if "choices" not in row:
+        return None
+    answer, target = right_choice(row), row.get("target")
+    choice: str = row["choices"][answer]
+    if isinstance(target, str) and target.strip() != choice.strip():
+        raise ValueError(
+            f"fields 'answer' and 'target' name two answers, {choice!r} and {target!r}; give the completion"
         )
-    return Item(prompt, completion, tuple(choices), answer)
+    return choice
+
+
+def _item(row: dict[str, Any], where: str) -> Item:
+    prompt = _text(row, "prompt", where)
+    try:
+        if "completion" not in row and (filled := completion_of(row)) is not None:
+            return Item(prompt, filled, tuple(row["choices"]), right_choice(row))
+        completion = _text(row, "completion", where)
+        if "choices" in row:
+            return Item(prompt, completion, tuple(row["choices"]), right_choice(row))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}", code="DATA-001") from error
+    target = row.get("target", completion.strip())
+    if isinstance(target, int | float) and not isinstance(target, bool):
+        target = str(target)
+    if not isinstance(target, str) or not target.strip():
+        raise DataError(f"{where}: field 'target' must be a non-empty string or a number", code="DATA-001")
+    return Item(prompt, completion, target=target.strip())
 
 
 def _text(row: dict[str, Any], field: str, where: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value:
         found = "missing" if field not in row else f"{type(value).__name__} {str(value)[:40]!r}"
-        also = ", also beside target or choices" if field == "completion" else ""
+        also = ", also beside target" if field == "completion" else ""
         raise DataError(f"{where}: field '{field}' is {found}; a non-empty string is needed{also}", code="DATA-001")
     return value

@@ -11,13 +11,13 @@ quietgoose sync RUN                    send MLflow what it has not got
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from quietgoose.base.errors import ExitCode, QuietGooseError, RecipeError, suggest
 from quietgoose.base.files import check_writable
+from quietgoose.base.options import OneLineParser
 from quietgoose.launch.command import spelt_settings
 from quietgoose.train.redaction import install_excepthook
 from quietgoose.train.settings import exit_with
@@ -27,7 +27,7 @@ def train(argv: Sequence[str]) -> int:
     """`--processes N` and, after `--launcher`, options of the DeepSpeed launcher up to `--`; the rest is the recipe's."""
     from quietgoose.train.settings import parse_command
 
-    options = argparse.ArgumentParser(prog="quietgoose train", add_help=False, allow_abbrev=False)
+    options = OneLineParser(prog="quietgoose train", add_help=False, allow_abbrev=False)
     options.add_argument("--processes", type=int)
     own, rest = options.parse_known_args(list(argv))
     launcher: list[str] = []
@@ -76,20 +76,25 @@ def evaluate(argv: Sequence[str]) -> int:
 
 
 def stop(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="quietgoose stop", description="Stop a run after its current step.")
+    parser = OneLineParser(prog="quietgoose stop", description="Stop a run after its current step.")
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--now", action="store_true", help="without saving")
     arguments = parser.parse_args(argv)
     _run_folder(arguments.run)
-    from quietgoose.train.stop import request_stop
+    from quietgoose.train.run_folder import in_use
+    from quietgoose.train.stop import last_end, request_stop
 
-    request_stop(arguments.run, now=arguments.now)
-    print(f"{arguments.run}: will {'stop at once' if arguments.now else 'save and stop'} after the current step")
+    running = in_use(arguments.run)
+    request_stop(arguments.run, now=arguments.now)  # a start on its way to the lock sees it too
+    if running:
+        print(f"{arguments.run}: will {'stop at once' if arguments.now else 'save and stop'} after the current step")
+    else:
+        print(f"{arguments.run}: no process runs it ({last_end(arguments.run)}), so there is nothing to stop")
     return 0
 
 
 def sync(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="quietgoose sync", description="Send MLflow what it has not got.")
+    parser = OneLineParser(prog="quietgoose sync", description="Send MLflow what it has not got.")
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--credentials", help="0600 file with token, or username and password")
     arguments = parser.parse_args(argv)

@@ -6,20 +6,24 @@ once, so that their compiled files are there (`make install` calls it). `--outpu
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quietgoose.base.errors import ExitCode
+from quietgoose.base.errors import ExitCode, RecipeError
+from quietgoose.base.options import OneLineParser
 from quietgoose.train.diagnosis import examine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="doctor", description="What is missing on this machine, and what to do.")
+    parser = OneLineParser(prog="doctor", description="What is missing on this machine, and what to do.")
     parser.add_argument("--output", default="runs", type=Path, help="folder for runs (default: runs)")
     parser.add_argument("--prepare", action="store_true", help="print only what stops a run")
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
     findings = examine(arguments.output)
     stopping = [finding for finding in findings if finding.state == "missing"]
     for finding in stopping if arguments.prepare else findings:

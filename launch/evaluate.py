@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from quietgoose.base.errors import RecipeError
 from quietgoose.base.files import check_writable, storing
-from quietgoose.launch.command import run_command
+from quietgoose.launch.command import quiet_bars, run_command
 from quietgoose.train.checks import check_store
 
 Generation = Literal["never", "numbers", "always"]
@@ -98,6 +98,7 @@ def evaluate(
     check_routing(manifest, router, k)
     where = _device(device)
     _join_peers()
+    quiet_bars()
     routed = load(folder, base=base, router=router, k=k, device=where, thoughts=False)  # the arms are routers
     attached = state(routed)
     names = arms or list(dict.fromkeys([baseline, attached.router]))

@@ -1,7 +1,7 @@
 """Generate text from an exported model or any Hugging Face folder, with the KV cache of your choice:
 
-    python launch/generate.py --model runs/nano_demo/export --prompt "Once" --kv-cache zipcache --kv-policy quality
-    python launch/generate.py --model FOLDER --prompts prompts.jsonl --kv-cache dynamic --json
+    python launch/generate.py --model runs/nano_demo/export --prompt "Once"
+    python launch/generate.py --model FOLDER --prompts prompts.jsonl --kv-cache zipcache --kv-policy small --json
     python launch/generate.py --model runs/nano_demo/export --prompt "Once" --thoughts --thoughts-html thoughts.html
 
 A line of prompts.jsonl is {"prompt": "..."}. Text streams as it is made; tokens a second and the bytes of the cache
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from quietgoose.base.errors import DataError, RecipeError
 from quietgoose.base.files import check_writable, storing
-from quietgoose.launch.command import run_command
+from quietgoose.launch.command import quiet_bars, run_command
 from quietgoose.launch.generate_thoughts import (
     Thinking,
     add_traces,
@@ -34,6 +34,7 @@ from quietgoose.launch.generate_thoughts import (
 
 KVCache = Literal["zipcache", "dynamic", "static"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PRESET = "quality"
 BARE = {"json": "true", "show_thoughts": "true", "thoughts": "trained"}  # what an option without a value stands for
 SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 
@@ -72,8 +73,8 @@ def generate(
     model: str,
     prompt: str | None = None,
     prompts: str | None = None,
-    kv_cache: KVCache = "zipcache",
-    kv_policy: str = "quality",
+    kv_cache: KVCache | None = None,
+    kv_policy: str | None = None,
     kv_sixteen_bit_layers: list[int] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -95,8 +96,9 @@ def generate(
         model: an exported folder (quietgoose.json stands in it), or a folder in Hugging Face format
         prompt: the text to continue
         prompts: a JSONL file with a prompt in every line, instead of --prompt
-        kv_cache: zipcache (quantised, the default), dynamic (16 bit, grows) or static (16 bit, allocated at once)
-        kv_policy: preset of zipcache: default, paper, quality, small or lossless
+        kv_cache: dynamic (in the dtype of the weights, grows; the default), static (the same, allocated at once) or zipcache
+            (quantised: smaller, and not exact). The two options below choose zipcache by themselves
+        kv_policy: preset of zipcache: default, paper, quality (what --kv-cache zipcache alone takes), small or lossless
         kv_sixteen_bit_layers: layers of zipcache left at 16 bits, for example "[7,18]" (quietgoose.sensitive_layers finds them)
         max_new_tokens: new tokens of a continuation at most
         temperature: 0 is greedy
@@ -116,13 +118,8 @@ def generate(
     thinking = thinking_of(
         thoughts, think_at, thought_samples, thought_temperature, show_thoughts, thoughts_html, seed
     )  # fmt: skip
-    if kv_sixteen_bit_layers and kv_cache != "zipcache":
-        raise RecipeError(
-            f"--kv-sixteen-bit-layers with --kv-cache {kv_cache}: only a zipcache has layers below 16 bits; leave it out",
-            code="CFG-080",
-        )
-    policy = {"preset": kv_policy, "sixteen_bit_layers": kv_sixteen_bit_layers} if kv_sixteen_bit_layers else kv_policy
-    wanted = _checked(kv_cache, policy, max_new_tokens, temperature, num_return_sequences, thinking)
+    cache, policy = _cache_of(kv_cache, kv_policy, kv_sixteen_bit_layers)
+    wanted = _checked(cache, policy, max_new_tokens, temperature, num_return_sequences, thinking)
     if not SEEDS[0] <= seed <= SEEDS[1]:
         raise RecipeError(f"--seed {seed}: {SEEDS[0]} to {SEEDS[1]}", code="CFG-080")
     texts = _read_prompts(prompt, prompts)
@@ -155,6 +152,22 @@ def generate(
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of the error, whose text goes to stderr."""
     return run_command(generate, argv, BARE)
+
+
+def _cache_of(
+    kv_cache: KVCache | None, kv_policy: str | None, sixteen_bit_layers: list[int] | None
+) -> tuple[KVCache, str | dict[str, Any]]:
+    """(cache, its policy): nothing is quantised unless an option says so, and one about the policy does."""
+    given = {"--kv-policy": kv_policy, "--kv-sixteen-bit-layers": sixteen_bit_layers}
+    named = [f"{option} {value}" for option, value in given.items() if value is not None]
+    if named and kv_cache not in (None, "zipcache"):
+        raise RecipeError(
+            f"{named[0]} with --kv-cache {kv_cache}: only a zipcache is quantised; leave one of the two out",
+            code="CFG-080",
+        )
+    preset = PRESET if kv_policy is None else kv_policy
+    policy = {"preset": preset, "sixteen_bit_layers": sixteen_bit_layers} if sixteen_bit_layers else preset
+    return kv_cache or ("zipcache" if named else "dynamic"), policy
 
 
 def _checked(
@@ -220,6 +233,7 @@ def _load(model: str, device: str, dtype: str, *, thinks: bool) -> tuple[Any, An
     import torch
     from quietgoose.train.export_manifest import IMAGES, MANIFEST, kind_of, parse_manifest, run_folder_hint
 
+    quiet_bars()
     folder = Path(model).expanduser()
     if (folder / MANIFEST).is_file():
         if kind_of(parse_manifest(folder)) == IMAGES:

@@ -53,19 +53,14 @@ class RoutingState:
 
 
 def install(model: nn.Module, sites: Iterable[Site] | Iterable[str]) -> dict[str, RoutedLinear]:
-    """Replace the named linears by RoutedLinears around them (those already replaced are kept); by site name."""
+    """Replace the named linears by RoutedLinears around them (those already replaced are kept); by site name. An error leaves
+    the model as it was."""
     modules: dict[str, RoutedLinear] = {}
     for site in sites:
         name = site.name if isinstance(site, Site) else site
-        parent, leaf = _parent(model, name)
-        found = getattr(parent, leaf)
-        if isinstance(found, nn.Linear):
-            routed = RoutedLinear(name, found).train(found.training)
-            setattr(parent, leaf, routed)
-            found = routed
-        if not isinstance(found, RoutedLinear):
-            raise ArtifactError(f"site {name} is a {type(found).__name__}, not an nn.Linear", code="EXP-002")
-        modules[name] = found
+        found = _linear(model, name)
+        modules[name] = found if isinstance(found, RoutedLinear) else _around(name, found)
+    _put(model, modules)
     return modules
 
 
@@ -91,49 +86,43 @@ def attach(
     """Give `model` the experts of `library` and a router; returns the same model. Rebuilds banks only, so it also
     serves to add, remove or restrict experts: `attach(model, state(model).library.remove("x"), ...)`.
 
+    Everything is made beside the model and put in at the end: an error leaves the model exactly as it was, with what was
+    attached to it. Until then both sets of banks are in memory.
+
     implementation  reference (plain PyTorch), triton (kernels/routed_lora), auto: triton on a GPU
     """
     if not len(library):
         raise RecipeError("no experts to attach: the library is empty; use detach for the plain base", code="CFG-021")
+    modules: dict[str, RoutedLinear] = {}
+    for site in library.sites:
+        found = _linear(model, site)
+        modules[site] = _around(site, found.base if isinstance(found, RoutedLinear) else found)
+        _check_shapes(library, site, modules[site])
+    made = RoutingState(library, modules, RoutingContext())
+    groups = _groups(modules)
+    for group in groups:
+        _share(library, group, made.context, implementation)
+    _route(made, router, k, vectors, seed)
     detach(model)
-    context = RoutingContext()
-    modules = install(model, library.sites)
-    for site, module in modules.items():
-        _check_shapes(library, site, module)
-    for group in _groups(modules):
-        _share(model, library, group, context, implementation)
-    model.routing_state = RoutingState(library, modules, context)  # type: ignore[assignment]
-    try:
-        return set_router(model, router, k, vectors, seed)
-    except QuietGooseError:
-        detach(model)
-        raise
+    _put(model, modules)
+    for group in groups:
+        if len(group) > 1:
+            parent, _ = _parent(model, group[0].name)
+            made.bank(group[0].name).shared.watch(parent)
+    model.routing_state = made  # type: ignore[assignment]
+    return model
 
 
 def set_router(
     model: nn.Module, router: str, k: int = 2, vectors: SiteVectors | None = None, seed: int = 0
 ) -> nn.Module:
-    """Change the router of a routed model; banks stay.
+    """Change the router of a routed model; banks stay. An error leaves the router that was there.
 
     router   phatgoose (trained gates), average_activation (mean activations), phatgoose_mean (both), random (seed), arrow,
              uniform, oracle (experts of rows from `assign_rows`), or `expert:NAME` (that expert for every token)
     vectors  site name -> expert name -> vector; overrides the router's own
     """
-    found = state(model)
-    banks = {site: found.bank(site) for site in found.modules}
-    if router.startswith(SINGLE):
-        index = found.library.index(router.removeprefix(SINGLE))
-        for bank in banks.values():
-            bank.use_expert(index)
-    elif router == "oracle":
-        for bank in banks.values():
-            bank.use_rows()
-    else:
-        kind = router_kind(router)
-        chosen = vectors if vectors is not None else _own_vectors(found, router, seed)
-        for site, bank in banks.items():
-            bank.use_router(kind, _stack(found.library, site, chosen, bank), k)
-    found.router, found.k = router, k
+    _route(state(model), router, k, vectors, seed)
     return model
 
 
@@ -174,6 +163,30 @@ def state(model: nn.Module) -> RoutingState:
     return found
 
 
+def _route(found: RoutingState, router: str, k: int, vectors: SiteVectors | None, seed: int) -> None:
+    """Every site takes the router, or none does."""
+    banks = {site: found.bank(site) for site in found.modules}
+    if router.startswith(SINGLE):
+        index = found.library.index(router.removeprefix(SINGLE))
+        for bank in banks.values():
+            bank.use_expert(index)
+    elif router == "oracle":
+        for bank in banks.values():
+            bank.use_rows()
+    else:
+        kind = router_kind(router)
+        chosen = vectors if vectors is not None else _own_vectors(found, router, seed)
+        before = {site: bank.routing_choice() for site, bank in banks.items()}
+        try:
+            for site, bank in banks.items():
+                bank.use_router(kind, _stack(found.library, site, chosen, bank), k)
+        except BaseException:
+            for site, bank in banks.items():
+                bank.restore_choice(before[site])
+            raise
+    found.router, found.k = router, k
+
+
 def _groups(modules: Mapping[str, RoutedLinear]) -> list[list[RoutedLinear]]:
     """Modules that read one input, by name; those whose widths, dtypes, devices or having a bias differ stay alone."""
     found = []
@@ -185,13 +198,10 @@ def _groups(modules: Mapping[str, RoutedLinear]) -> list[list[RoutedLinear]]:
 
 
 def _share(
-    model: nn.Module, library: ExpertLibrary, group: Sequence[RoutedLinear], context: RoutingContext,
-    implementation: Implementation,
-) -> None:  # fmt: skip
+    library: ExpertLibrary, group: Sequence[RoutedLinear], context: RoutingContext, implementation: Implementation
+) -> None:
     adapters_SN = [[expert.adapters.get(module.name) for expert in library] for module in group]
     shared = SharedBank(adapters_SN, [module.base for module in group], implementation)
-    if len(group) > 1:
-        shared.watch(model.get_submodule(group[0].name.rpartition(".")[0]))
     for position, (module, adapters) in enumerate(zip(group, adapters_SN)):
         module.adapter = RoutedBank(module.name, adapters, shared, position, context).train(module.training)
 
@@ -249,6 +259,25 @@ def _check_shapes(library: ExpertLibrary, site: str, module: RoutedLinear) -> No
                 f"{want[1]}; the expert was made for another base",
                 code="EXP-002",
             )
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear | RoutedLinear:
+    """What stands at a site; ArtifactError EXP-002 if it is no linear."""
+    parent, leaf = _parent(model, name)
+    found = getattr(parent, leaf)
+    if not isinstance(found, (nn.Linear, RoutedLinear)):
+        raise ArtifactError(f"site {name} is a {type(found).__name__}, not an nn.Linear", code="EXP-002")
+    return found
+
+
+def _around(name: str, base: nn.Linear) -> RoutedLinear:
+    return RoutedLinear(name, base).train(base.training)
+
+
+def _put(model: nn.Module, modules: Mapping[str, RoutedLinear]) -> None:
+    for name, module in modules.items():
+        parent, leaf = _parent(model, name)
+        setattr(parent, leaf, module)
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -7,6 +7,7 @@ here) and the row adapters of training.py. No host synchronisation; compiles wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +166,15 @@ class RoutedBank(nn.Module):
     def use_rows(self) -> None:
         """Every row takes the expert that the context names (oracle)."""
         self.kind, self.single = None, None
+
+    def routing_choice(self) -> tuple[Any, ...]:
+        """The router as it is, for `restore_choice`; tensors are referred to, nothing changes them in place."""
+        return self.kind, self.single, self.k, self.shared.routing_choice()
+
+    def restore_choice(self, choice: tuple[Any, ...]) -> None:
+        """Back to what `routing_choice` said."""
+        self.kind, self.single, self.k, of_group = choice
+        self.shared.restore_choice(of_group)
 
     def takes_base(self, x: Tensor) -> bool:
         """Whether `linear` may stand for the base's own product and `forward`."""

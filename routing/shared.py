@@ -115,6 +115,16 @@ class SharedBank(nn.Module):
         self.kind, self.k = kind, min(k, count)
         self._keep_vectors(whole)
 
+    def routing_choice(self) -> tuple[Any, ...]:
+        """Kind, k and the tensors of the router as they are, for `restore_choice`."""
+        return self.kind, self.k, dict(self._buffers)
+
+    def restore_choice(self, choice: tuple[Any, ...]) -> None:
+        """Back to what `routing_choice` said."""
+        self.kind, self.k, buffers = choice
+        self._buffers.clear()
+        self._buffers.update(buffers)
+
     def a_RI_of(self, position: int) -> Tensor:
         """A of one site's experts [R, I]."""
         first = sum(self.shape.slots[:position])

@@ -16,7 +16,7 @@ from ..base.errors import QuietGooseError, RecipeError, suggest
 from ..base.files import safe_name
 from .image_checks import check_images, draws_images, finished, image_needs, image_ranges
 from .recipe import STAGES, BaseSettings, Recipe, SourceSettings, TrainSettings
-from .row_checks import check_rows, check_task_sources
+from .row_checks import check_collection, check_rows, check_task_sources
 from .safe_yaml import read_yaml
 from .speed_checks import check_speed
 from .thought_settings import (
@@ -315,10 +315,8 @@ def _evaluate(recipe: Recipe) -> Iterator[Problem]:
         yield "CFG-025", f"evaluate.arms: {', '.join(settings.arms) or 'none'}; name each arm once, at least one"
     if settings.baseline not in settings.arms and not settings.baseline.startswith("expert:"):
         yield "CFG-025", f"evaluate.baseline: '{settings.baseline}' is none of evaluate.arms"
-    from ..evaluation.tasks import find_tasks
-
     if settings.collection:
-        find_tasks(Path(settings.collection).expanduser(), settings.split, settings.include)
+        yield from check_collection(recipe)
     elif settings.include:
         yield "CFG-011", "evaluate.include names tasks of a collection; set evaluate.collection to its folder"
     yield from check_task_sources("evaluate.tasks", settings.tasks, settings.split)

@@ -44,6 +44,8 @@ def initialize_distributed(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     Idempotent. `timeout` bounds every collective. DeepSpeed's shared-memory operation, which it would compile at
     the first start on a CPU and which only its inference uses, is left out.
     """
+    if not torch.cuda.is_available():  # told, DeepSpeed does not look for itself and warn that it found nothing
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.utils import logger
 

@@ -59,7 +59,7 @@ def train(
     """
     with stop.watching():
         first = checkpoints.resume(engine, resume)
-        saved = first
+        saved = stop.progress.step = first
         waiting: deque[Pending] = deque()
         slow = SlowRanks(engine.world)
         for step in range(first, total_steps):
@@ -72,7 +72,7 @@ def train(
             waiting.append(
                 engine.submit(batch, lambda own=own: (*stop.flags(), *slow.share(own, engine.forward_seconds)))
             )
-            done = step + 1
+            done = stop.progress.step = step + 1
             saving = done % every == 0 or done == total_steps
             wanted, at_once = _reports(engine, waiting, callbacks, slow, 0 if saving else engine.lag)
             if wanted or at_once:  # asked for in a step before the last, maybe

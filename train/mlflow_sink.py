@@ -150,6 +150,7 @@ class Sink:
         self.place["status"] = "RUNNING"
         if "run_id" in self.place:
             self.client.update_run(self.place["run_id"], status="RUNNING")
+            self._forget_error()
         else:
             experiment = experiment_of(self.client, self.settings)
             run = self.client.create_run(experiment, start_time=_millis(event), run_name=event["name"])
@@ -198,6 +199,11 @@ class Sink:
 
     def _error(self, event: dict[str, Any]) -> None:
         self.client.set_tag(self.place["run_id"], "error", str(event["message"])[:LONGEST_VALUE])
+
+    def _forget_error(self) -> None:
+        """The error of an earlier start says nothing of this one, whose own would follow."""
+        if "error" in self.client.get_run(self.place["run_id"]).data.tags:
+            self.client.delete_tag(self.place["run_id"], "error")
 
     def _other(self, event: dict[str, Any]) -> None:
         content = {k: v for k, v in event.items() if k not in ("time", "elapsed", "kind", "stage", "step")}

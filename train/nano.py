@@ -1,4 +1,5 @@
-"""The embedded nano model: a small Llama with random weights, and a byte-level tokenizer made in code.
+"""The embedded nano model: a small Llama with random weights, and a byte-level tokenizer made in code, with a
+chat template that changes nothing but rows of `messages`.
 
 The `base` stage trains it from scratch; nothing is downloaded. Called by base_models.py and train/stages.py.
 """
@@ -15,6 +16,12 @@ from ..base.seeding import derive
 from .recipe import NanoSettings
 
 PAD, END = "<pad>", "<end>"
+# a line `role: content` for every message; what the assistant says ends the text, as a completion does
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.role == 'assistant' %}" + END + "{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 BYTES = 256
 VOCABULARY = BYTES + 2
 
@@ -26,7 +33,7 @@ class Nano(NamedTuple):
 
 def nano_tokenizer(context: int = NanoSettings.context) -> PreTrainedTokenizerFast:
     """Ids 0..255 are the bytes of UTF-8, 256 is <pad>, 257 is <end> (end and begin of text). Every text
-    round-trips."""
+    round-trips. Its chat template writes `user: ...`, `assistant: ...`, a line each."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     # GPT-2's names of the bytes: printable Latin-1 characters are themselves, the others follow 255 in order
@@ -45,6 +52,7 @@ def nano_tokenizer(context: int = NanoSettings.context) -> PreTrainedTokenizerFa
         bos_token=END,
         model_max_length=context,
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT,
     )
 
 

@@ -58,7 +58,7 @@ from .stages import (
 )
 from .stages_images import image_stages
 from .stages_thoughts import run_thoughts, thought_settings
-from .stop import StopControl, leave, run_guarded
+from .stop import Progress, StopControl, leave, run_guarded
 from .strategy import load_strategy
 from .unet_folder import STEPS
 
@@ -94,37 +94,39 @@ def run(recipe: Recipe) -> int:
 
 
 def _run_guarded(recipe: Recipe, world: World, *, arm: bool) -> int:
-    folder = RunFolder(Path(recipe.output))
-    return run_guarded(folder.root, lambda: _run(recipe, folder, world, arm=arm))
+    folder, progress = RunFolder(Path(recipe.output)), Progress()
+    return run_guarded(folder.root, lambda: _run(recipe, folder, world, progress, arm=arm), progress)
 
 
 def _run_within(recipe: Recipe, world: World, outer: StopControl) -> None:
     """A recipe as a part of another one: its outcome is written like any run's, its end is the outer run's too."""
-    folder = RunFolder(Path(recipe.output))
+    folder, progress = RunFolder(Path(recipe.output)), Progress()
     failed: list[BaseException] = []
 
     def main() -> None:
         try:
-            _run(recipe, folder, world, outer)
+            _run(recipe, folder, world, progress, outer)
         except BaseException as error:
             failed.append(error)
+            outer.progress.step = progress.step
             raise
 
-    run_guarded(folder.root, main)
+    run_guarded(folder.root, main, progress)
     if failed:
         raise failed[0]
 
 
 def _run(
-    recipe: Recipe, folder: RunFolder, world: World, outer: StopControl | None = None, *, arm: bool = False
-) -> None:
+    recipe: Recipe, folder: RunFolder, world: World, progress: Progress, outer: StopControl | None = None, *,
+    arm: bool = False,
+) -> None:  # fmt: skip
     """`arm`: a run of a comparison, of which nothing but its scores is wanted: its weights may have been deleted after them."""
     check_agreement(own_facts(recipe))
     with ExitStack() as stack:
         distributed.on_main(lambda: stack.enter_context(held(folder)))
         if world.is_main:
             write_atomic(folder.root / "recipe.yaml", recipe_to_yaml(recipe))
-        stop = StopControl(folder.root, outer=outer).install()
+        stop = StopControl(folder.root, outer=outer, progress=progress).install()
         stack.callback(stop.close)
         sinks = stack.enter_context(Sinks(recipe, folder.root, world))
         device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")

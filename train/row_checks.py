@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..base.errors import DataError, QuietGooseError
 from ..evaluation.tasks import find_tasks, load_task
-from .data.rows import JOIN, NO_CHAT_TEMPLATE, BadRows, FileSource, RowReport, open_source, read_rows
+from .data.rows import JOIN, BadRows, FileSource, RowReport, open_source, read_rows
 from .data.sources import resolve_sources
 from .recipe import Recipe, SourceSettings
 from .tasks import check_split
@@ -34,6 +34,19 @@ def check_rows(recipe: Recipe, head: int | None = HEAD) -> Iterator[Problem]:
             load_task(folder, split, recipe.evaluate.limit)
         except DataError as error:
             yield error.code.removeprefix("QG-"), error.message
+
+
+def check_collection(recipe: Recipe) -> Iterator[Problem]:
+    """What is wrong with the collection that is evaluated, under the setting that names it: `data.collection` if that is where it
+    comes from. A folder that is not there is told as the check of `data` tells it, so that the recipe's checks say it once."""
+    settings = recipe.evaluate
+    setting = "data.collection" if settings.collection == recipe.data.collection else "evaluate.collection"
+    folder = Path(settings.collection or "").expanduser()
+    try:
+        find_tasks(folder, settings.split, settings.include)
+    except DataError as error:
+        found = error.message if folder.is_dir() else f"{settings.collection}: no such folder"
+        yield error.code.removeprefix("QG-"), f"{setting}: {found}"
 
 
 def check_task_sources(where: str, tasks: Mapping[str, str], split: str) -> Iterator[Problem]:
@@ -63,9 +76,8 @@ def _bad_row(recipe: Recipe, name: str, settings: SourceSettings, head: int | No
         return
     limits = [limit for limit in (settings.limit, head) if limit is not None]
     try:
-        for row in read_rows(source, min(limits, default=None), BadRows(recipe.data.on_bad_row, RowReport())):
-            if row.messages is not None and recipe.base.model == "nano":
-                raise DataError(f"{row.where}: {NO_CHAT_TEMPLATE}", code="DATA-005")
+        for _ in read_rows(source, min(limits, default=None), BadRows(recipe.data.on_bad_row, RowReport())):
+            pass
     except DataError as error:
         yield error.code.removeprefix("QG-"), error.message
 

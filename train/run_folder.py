@@ -20,6 +20,7 @@ from ..base.errors import ArtifactError, QuietGooseError, RecipeError, StorageEr
 from ..base.files import fsync_folder, read_json, sha256_file, sha256_json, write_json
 
 DONE = "DONE.json"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class RunFolder:
 def held(folder: RunFolder) -> Iterator[None]:
     """Hold the run folder's lock (rank 0). QG-RUN-004 if another live process has it; a dead one's is taken over."""
     folder.root.mkdir(parents=True, exist_ok=True)
-    handle: IO[str] = (folder.root / ".lock").open("a+", encoding="utf-8")
+    handle: IO[str] = (folder.root / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -119,6 +120,19 @@ def held(folder: RunFolder) -> Iterator[None]:
         yield
     finally:
         handle.close()
+
+
+def in_use(root: Path) -> bool:
+    """Whether a live process holds the run folder's lock. Writes nothing."""
+    path = root / LOCK
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def hash_tree(folder: Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ problems are listed at once. What settings must not contradict each other is in 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -23,6 +22,7 @@ import yaml
 
 from ..alignment.settings import SamplerSettings
 from ..base.errors import QuietGooseError, RecipeError, suggest
+from ..base.options import UNRECOGNIZED, OneLineParser, plain_words
 from .checks import check_recipe
 from .recipe import Recipe
 from .redaction import redact
@@ -200,9 +200,9 @@ def _kept_parser() -> Any:
     return _parser()
 
 
-def _own_options() -> argparse.ArgumentParser:
+def _own_options() -> OneLineParser:
     """Options that are no settings, so that --print_config does not print them into recipes."""
-    options = argparse.ArgumentParser(prog="launch/train.py", add_help=False, allow_abbrev=False)
+    options = OneLineParser(prog="launch/train.py", add_help=False, allow_abbrev=False)
     options.add_argument("--dry_run", action="store_true")
     options.add_argument("--local_rank", type=int, default=0)
     return options
@@ -355,7 +355,8 @@ def _try_value(key: str, value: Any, what: str) -> list[tuple[str, str]]:
         else:
             parser.parse_object({"value": value})
     except Exception as error:
-        return [("CFG-003", f"{what}: {_one_line(error).removeprefix(OF_ONE_VALUE)}")]
+        said = _one_line(error).removeprefix(OF_ONE_VALUE)
+        return [("CFG-003", f"{what}: {said.removesuffix(f', found {value}')}")]  # `what` shows the value
     return []
 
 
@@ -371,11 +372,10 @@ def _hint_of(parts: Sequence[str], kind: Any) -> Any:
 
 def _said_by_parser(error: BaseException) -> str:
     text = _one_line(error)
-    if not text.startswith("unrecognized arguments: "):
+    if not text.startswith(UNRECOGNIZED):
         return text
-    return f"{text.removeprefix('unrecognized arguments: ')}: belongs to no option; settings are given as --section.key value"
+    return f"{text.removeprefix(UNRECOGNIZED)}: belongs to no option; settings are given as --section.key value"
 
 
 def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:400]
+    return plain_words(" ".join(str(error).split()))[:400]

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -45,9 +46,16 @@ def request_stop(folder: Path, *, now: bool = False) -> None:
     write_atomic(folder / STOP_FILE, STOP_NOW if now else "save")
 
 
+@dataclass
+class Progress:
+    """How far a run is, for its outcome: the optimizer steps that the training at hand has taken; None between trainings."""
+
+    step: int | None = None
+
+
 class StopControl:
     """Signals and the stop file of one run. `install` once per process, `close` at the end. `outer`: that of the run this one is
-    part of; what it was asked for holds here."""
+    part of; what it was asked for holds here. `progress`: where the training loop notes its steps."""
 
     def __init__(
         self,
@@ -56,8 +64,10 @@ class StopControl:
         hang_seconds: float = HANG_SECONDS,
         grace_seconds: float = GRACE_SECONDS,
         outer: StopControl | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.folder = folder
+        self.progress = progress or Progress()
         self.outer = outer
         self.hang_seconds = hang_seconds
         self.grace_seconds = grace_seconds
@@ -94,11 +104,13 @@ class StopControl:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within the block a missing `beat` for `hang_seconds` ends all ranks with code 7, after they said where they are."""
+        """Within the block a missing `beat` for `hang_seconds` ends all ranks with code 7, after they said where they are. Only a
+        block that ends well forgets its step: the outcome of the run tells it."""
         self.beat("start of training")
         self._watching = True
         try:
             yield
+            self.progress.step = None
         finally:
             self._watching = False
 
@@ -168,7 +180,7 @@ class StopControl:
     def _leave(self, code: ExitCode, message_code: str, message: str) -> None:
         """End the process now, from the thread: the main thread may hang in a collective."""
         os.write(2, f"{message_code} {message}\n".encode())
-        write_outcome(self.folder, "failed", code, f"{message_code} {message}", step=None)
+        write_outcome(self.folder, "failed", code, f"{message_code} {message}", self.progress.step)
         os._exit(int(code))
 
 
@@ -215,7 +227,10 @@ def _alive(process: int) -> bool:
 
 
 def write_outcome(folder: Path, state: str, code: int | None, message: str, step: int | None) -> None:
-    """`state`: running, finished, stopped, failed. A folder that cannot be written costs a line, not the exit code."""
+    """`state`: running, finished, stopped, failed. `step`: how many steps the training that ended so has taken; None outside one.
+
+    A folder that cannot be written costs a line, not the exit code.
+    """
     record = {
         "state": state,
         "code": code,
@@ -240,32 +255,38 @@ def read_outcome(folder: Path) -> int:
     return int(ExitCode.PEER_LOST) if code is None else int(code)
 
 
-def run_guarded(folder: Path, main: Callable[[], None]) -> int:
-    """Run `main`; turn whatever ends it into `outcome.json` and the exit code of this rank.
+def last_end(folder: Path) -> str:
+    """How the last start of a run that no process runs ended, in words."""
+    state = _state(folder)
+    return {"": "it never started", "running": "its last start was killed"}.get(state, f"its last start {state}")
+
+
+def run_guarded(folder: Path, main: Callable[[], None], progress: Progress | None = None) -> int:
+    """Run `main`; turn whatever ends it into `outcome.json`, with the step of `progress`, and the exit code of this rank.
 
     Rank 0 writes the outcome. Another rank writes it only if it failed first and by itself, so that a loss of rank 0
     leaves `running` behind, which `read_outcome` reports as 7. A folder held by another run (QG-RUN-004) is not
     touched.
     """
-    main_rank = world().is_main
+    main_rank, progress = world().is_main, progress or Progress()
     try:
         main()
     except StopRequested as stopped:
-        return _end(folder, "stopped", stopped, main_rank)
+        return _end(folder, "stopped", stopped, progress, main_rank)
     except QuietGooseError as error:
         ours = error.code != IN_USE and (main_rank or not isinstance(error, PeerLost))
-        return _end(folder, "failed", error, write=ours)
+        return _end(folder, "failed", error, progress, write=ours)
     except torch.OutOfMemoryError as error:
-        return _end(folder, "failed", _memory(error), write=True)
+        return _end(folder, "failed", _memory(error), progress, write=True)
     except (RuntimeError, ConnectionError) as error:
         lost = _peer_lost(error)
         if lost is None:
-            _unexpected(folder, error)
+            _unexpected(folder, error, progress)
             raise
         traceback.print_exc()
-        return _end(folder, "failed", lost, write=main_rank and _state(folder) == "running")
+        return _end(folder, "failed", lost, progress, write=main_rank and _state(folder) == "running")
     except Exception as error:
-        _unexpected(folder, error)
+        _unexpected(folder, error, progress)
         raise
     if main_rank:
         write_outcome(folder, "finished", int(ExitCode.FINISHED), "", None)
@@ -279,10 +300,10 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _end(folder: Path, state: str, error: QuietGooseError, write: bool) -> int:
+def _end(folder: Path, state: str, error: QuietGooseError, progress: Progress, write: bool) -> int:
     code = int(error.exit_code)
     if write:
-        write_outcome(folder, state, code, str(error), None)
+        write_outcome(folder, state, code, str(error), progress.step)
     if write or world().is_main:
         os.write(2, f"{redact(str(error))}\n".encode())
     return code
@@ -293,8 +314,8 @@ def _state(folder: Path) -> str:
     return read_json(path)["state"] if path.is_file() else ""
 
 
-def _unexpected(folder: Path, error: Exception) -> None:
-    write_outcome(folder, "failed", 1, f"{type(error).__name__}: {error}"[:2000], None)
+def _unexpected(folder: Path, error: Exception, progress: Progress) -> None:
+    write_outcome(folder, "failed", 1, f"{type(error).__name__}: {error}"[:2000], progress.step)
 
 
 def _memory(error: torch.OutOfMemoryError) -> MemoryExhausted:

@@ -21,9 +21,10 @@ CPU = torch.device("cpu")
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Runs a script's main in this process with arguments; returns the JSON it left."""
 
-    def started(script: Any, *arguments: str) -> Any:
+    def started(script: Any, *arguments: str, tiny: bool = True) -> Any:
         out = tmp_path / "result.json"
-        words = [script.__name__, "--tiny", "--device", "cpu", "--seconds", "0.05", "--out", str(out), *arguments]
+        words = [script.__name__, "--device", "cpu", "--seconds", "0.05", "--out", str(out), *arguments]
+        words += ["--tiny"] if tiny else []
         monkeypatch.setattr(sys, "argv", words)
         script.main()
         return json.loads(out.read_text())
@@ -70,6 +71,40 @@ def test_every_arm_runs_and_is_in_the_table(run: Any, capsys: pytest.CaptureFixt
     table = capsys.readouterr().out
     assert "L:T:S = 10:2:2" in table
     assert "|loop|1|" in table
+
+
+MEASURED = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize(
+    ("file", "cell", "arm", "chunk"),
+    [
+        ("2026-11-26_thoughts_memory_h100.json", "512:9:2", "int4", 2048),
+        ("2026-11-26_thoughts_memory_chunk8192_h100.json", "1024:13:4", "graphs", 8192),
+    ],
+)
+def test_an_estimate_is_what_was_measured_on_a_gpu(run: Any, file: str, cell: str, arm: str, chunk: int) -> None:
+    report = json.loads((MEASURED / file).read_text())
+    found = [
+        r["peak_bytes"]
+        for one in report.get("runs", [report])
+        for r in one["results"]
+        if (one["branch_tokens"], r["cell"], r["arm"], r["rows"]) == (chunk, cell, arm, 1)
+    ]
+    words = ["--estimate", str(chunk), "--cells", cell, "--arms", arm, "--rows", "1"]
+    (told,) = run(memory_script, *words, tiny=False)["results"]
+    assert found
+    assert told["peak_bytes"] == pytest.approx(found[0], rel=0.05)
+
+
+def test_an_estimate_knows_chunks_and_bits(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--estimate", "0", "64", "--cells", "16:3:2", "--rows", "2", "--arms", "chunks", "int4"]
+    all_at_once, in_chunks = run(memory_script, *words)["results"]
+    assert all_at_once["arm"] == in_chunks["arm"] == "int4", "arms whose rollout is captured"
+    assert in_chunks["peak_bytes"] < 0.8 * all_at_once["peak_bytes"]
+    exact = 2 * 2 * 2 * 2 * 16 * 2 * 3 * 8 * 2  # keys and values, layers, rows, heads, anchors, S, T, width, bytes
+    assert in_chunks["thought_kv_bytes"] == all_at_once["thought_kv_bytes"] < exact / 2
+    assert "|int4, all at once|int4, chunks of 64|" in capsys.readouterr().out
 
 
 def test_a_red_gate_times_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

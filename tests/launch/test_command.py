@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from quietgoose.base.errors import StorageError
-from quietgoose.launch.command import run_command, spelt_options, spelt_settings
+from quietgoose.launch import cli, doctor
+from quietgoose.launch import evaluate as evaluate_file
+from quietgoose.launch import generate as generate_file
+from quietgoose.launch import sample as sample_file
+from quietgoose.launch.command import quiet_bars, run_command, spelt_options, spelt_settings
 from quietgoose.launch.evaluate import evaluate
 from quietgoose.launch.generate import BARE, generate
 from quietgoose.launch.sample import sample
@@ -64,3 +71,58 @@ def test_an_error_is_one_piece_with_its_code(capsys: pytest.CaptureFixture[str])
 
     assert run_command(command, []) == 6
     assert capsys.readouterr().err == "QG-IO-010 --out x: no\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "text"),
+    [
+        (generate_file.main, ["--modle", "x"], "QG-CFG-001 option '--modle' is unknown. Did you mean '--model'?"),
+        (generate_file.main, [], "QG-CFG-001 give --model; --help says what they are"),
+        (generate_file.main, ["--model=x", "stray"], "QG-CFG-001 stray: belongs to no option; options are given as"),
+        (generate_file.main, ["--model=x", "--seed=a"], "QG-CFG-003 --seed: must be a whole number, found a"),
+        (generate_file.main, ["--model=x", "--kv-cache", "zip"], "QG-CFG-003 --kv-cache: must be one of zipcache, "),
+        (
+            evaluate_file.main,
+            ["--boot-strap=2"],
+            "QG-CFG-001 option '--boot-strap' is unknown. Did you mean '--bootstrap'?",
+        ),
+        (evaluate_file.main, ["--model=x"], "QG-CFG-001 give --tasks and --out; --help says what they are"),
+        (
+            sample_file.main,
+            ["--model=x", "--cout", "3"],
+            "QG-CFG-001 option '--cout' is unknown. Did you mean '--count'?",
+        ),
+        (doctor.main, ["--otput", "x"], "QG-CFG-001 option '--otput' is unknown. Did you mean '--output'?"),
+        (cli.main, ["doctor", "--otput", "x"], "QG-CFG-001 option '--otput' is unknown. Did you mean '--output'?"),
+        (cli.main, ["stop", "--nwo", "x"], "QG-CFG-001 option '--nwo' is unknown. Did you mean '--now'?"),
+        (cli.main, ["train", "--processes", "x"], "QG-CFG-003 --processes: must be a whole number, found x"),
+    ],
+)
+def test_a_wrong_option_is_one_line_in_every_command(main, words, text, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert said.err.startswith(text)
+
+
+def test_a_warning_is_one_line_and_stays() -> None:
+    program = (
+        "import warnings; from quietgoose.launch.command import run_command; before = warnings.formatwarning\n"
+        "def command(): warnings.warn('slow\\nhere')\n"
+        "assert run_command(command, []) == 0; assert warnings.formatwarning is before"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "warning: slow here\n")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_of_libraries_are_drawn_on_a_terminal_only(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    try:
+        quiet_bars()
+        assert logging.is_progress_bar_enabled() is terminal
+    finally:
+        logging.enable_progress_bar()

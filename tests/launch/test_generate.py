@@ -56,11 +56,50 @@ def test_layers_left_at_16_bits_are_counted(folder, capsys):
     assert 1.2 * sizes[0] < sizes[1]
 
 
+# options of the cache -> the cache that is taken
+CACHES = {
+    "nothing said": ([], "dynamic"),
+    "by name": (["--kv-cache", "zipcache"], "zipcache"),
+    "a policy": (["--kv-policy", "quality"], "zipcache"),
+    "layers": (["--kv-sixteen-bit-layers", "[1]"], "zipcache"),
+    "both": (["--kv-policy", "small", "--kv_sixteen_bit_layers=[0]"], "zipcache"),
+    "static": (["--kv-cache", "static"], "static"),
+}
+
+
+@pytest.mark.parametrize("case", CACHES)
+def test_nothing_is_quantised_unless_an_option_says_so(folder, capsys, case):
+    given, cache = CACHES[case]
+    common = ("--model", folder, "--prompt", "x" * 200, "--max-new-tokens", "2", "--device", "cpu")
+    found = answers(capsys, *common, *given)[0]
+    assert found["cache"] == cache
+    exact = 2 * 2 * 2 * 64 * 4 * found["cache_tokens"]  # layers, keys and values, heads, their width, bytes of fp32
+    assert (found["cache_bytes"] < exact) == (cache == "zipcache")
+
+
+def test_the_ordinary_cache_gives_the_models_own_text(folder, capsys):
+    prompt = "Once upon a time, " * 8
+    text = answers(capsys, "--model", folder, "--prompt", prompt, "--max-new-tokens", "24", "--device", "cpu")[0]
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), nano_tokenizer(512)
+    ids = tokenizer(prompt, return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=24, do_sample=False, pad_token_id=256)
+    assert text["texts"] == tokenizer.batch_decode(made[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_zipcache_by_itself_has_the_policy_quality(folder, capsys):
+    common = ("--model", folder, "--prompt", "y" * 300, "--max-new-tokens", "2", "--device", "cpu")
+    alone, quality, small = (
+        answers(capsys, *common, *more)[0]["cache_bytes"]
+        for more in (("--kv-cache", "zipcache"), ("--kv-policy", "quality"), ("--kv-policy", "small"))
+    )
+    assert alone == quality != small
+
+
 def test_all_caches_give_the_same_greedy_text(folder, capsys):
     common = ("--model", folder, "--prompt", "Once upon a time, " * 4, "--max-new-tokens", "20", "--device", "cpu")
     found = {
-        name: answers(capsys, *common, "--kv-cache", name, "--kv-policy", "lossless")[0]
-        for name in ("zipcache", "dynamic", "static")
+        given[-1]: answers(capsys, *common, *given)[0]
+        for given in (("--kv-policy", "lossless"), ("--kv-cache", "dynamic"), ("--kv-cache", "static"))
     }
     assert len({tuple(answer["texts"]) for answer in found.values()}) == 1
     for answer in found.values():
@@ -72,8 +111,8 @@ def test_all_caches_give_the_same_greedy_text(folder, capsys):
 def test_the_quantised_cache_is_smaller(folder, capsys):
     common = ("--model", folder, "--prompt", "x" * 400, "--max-new-tokens", "2", "--device", "cpu")
     sizes = [
-        answers(capsys, *common, "--kv-cache", name, "--kv-policy", "small")[0]["cache_bytes"]
-        for name in ("zipcache", "dynamic")
+        answers(capsys, *common, *given)[0]["cache_bytes"]
+        for given in (("--kv-cache", "zipcache", "--kv-policy", "small"), ("--kv-cache", "dynamic"))
     ]
     assert sizes[0] < sizes[1] / 3
 
@@ -83,7 +122,7 @@ def test_text_streams_and_facts_go_to_stderr(folder, capsys):
     out, err = capsys.readouterr()
     assert out.strip()
     assert "tokens/s" in err
-    assert "zipcache cache:" in err
+    assert "dynamic cache:" in err
     assert "bytes" in err
 
 
@@ -129,8 +168,8 @@ def test_an_export(folder, tmp_path, capsys):
     export_to(tmp_path / "out", folder)
     common = ("--model", tmp_path / "out", "--prompt", "words " * 12, "--max-new-tokens", "10", "--device", "cpu")
     texts = [
-        answers(capsys, *common, "--kv-cache", name, "--kv-policy", "lossless")[0]["texts"]
-        for name in ("zipcache", "dynamic")
+        answers(capsys, *common, *given)[0]["texts"]
+        for given in (("--kv-policy", "lossless"), ("--kv-cache", "dynamic"))
     ]
     assert texts[0] == texts[1]
     assert main([*map(str, common), "--thoughts"]) == 2
@@ -180,6 +219,11 @@ BAD = {
     "policy": (["--prompt", "a", "--kv-policy", "qualty"], "quality"),
     "layer": (["--prompt", "a", "--kv-sixteen-bit-layers", "[9]"], "names [9]; this model's layers are 0 to 1"),
     "layers of none": (["--prompt", "a", "--kv-cache", "dynamic", "--kv-sixteen-bit-layers", "[1]"], "only a zipcache"),
+    "policy of none": (
+        ["--prompt", "a", "--kv-cache", "static", "--kv-policy", "small"],
+        "small with --kv-cache static",
+    ),
+    "no policy": (["--prompt", "a", "--kv-policy", ""], "cache policy is ''"),
     "tokens": (["--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "greedy"),
     "greedy copies": (["--prompt", "a", "--num-return-sequences", "2"], "all the same"),

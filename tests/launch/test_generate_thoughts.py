@@ -42,10 +42,10 @@ def answer(capsys, *options: object) -> dict:
     return json.loads(capsys.readouterr().out)["answers"][0]
 
 
-@pytest.mark.parametrize("cache", ["zipcache", "dynamic"])
+@pytest.mark.parametrize("cache", [["--kv-policy", "lossless"], ["--kv-cache", "dynamic"], []])
 def test_thoughts_change_the_text_and_are_hidden(capsys, cache):
-    plain = answer(capsys, "--kv-cache", cache, "--kv-policy", "lossless")
-    thought = answer(capsys, "--kv-cache", cache, "--kv-policy", "lossless", "--thoughts")
+    plain = answer(capsys, *cache)
+    thought = answer(capsys, *cache, "--thoughts")
     assert plain["texts"] != thought["texts"]
     assert plain.keys() == thought.keys()
     assert thought["cache_tokens"] == plain["cache_tokens"]
@@ -139,7 +139,7 @@ def test_several_prompts_one_page(capsys, tmp_path):
         (["--thought-samples", "2"], "all the same"),
         (["--thought-temperature", "-1"], "0 (greedy)"),
         (["--thoughts", "--kv-cache", "static"], "cannot take thoughts back"),
-        (["--thoughts", "200"], "flush_every"),
+        (["--thoughts", "200", "--kv-cache", "zipcache"], "flush_every"),
     ],
 )
 def test_errors_are_plain(capsys, options, words):

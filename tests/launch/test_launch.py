@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from quietgoose.base.files import read_json
 from quietgoose.launch import cli
 from quietgoose.train.launcher import launch_line, without_secrets
+from quietgoose.train.run_folder import RunFolder, held, in_use
 from quietgoose.train.settings import load_recipe, recipe_to_yaml
+from quietgoose.train.stop import write_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
@@ -177,10 +181,66 @@ def test_stop_writes_the_stop_file(recipe_file: Path, tmp_path: Path, capsys: py
     assert cli.main(["stop", str(run)]) == 2
     run.mkdir()
     (run / "recipe.yaml").write_text(recipe_to_yaml(load_recipe(["--config", str(recipe_file)])))
+    with held(RunFolder(run)):
+        assert cli.main(["stop", str(run)]) == 0
+        assert (run / "STOP").read_text() == "save"
+        assert "will save and stop after the current step" in capsys.readouterr().out
+        assert cli.main(["stop", "--now", str(run)]) == 0
+        assert (run / "STOP").read_text() == "now"
+        assert "will stop at once after the current step" in capsys.readouterr().out
+
+
+def test_stop_says_that_no_process_runs_it(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(recipe_to_yaml(load_recipe(["--config", str(recipe_file)])))
+    ends = {
+        "finished": "its last start finished",
+        "failed": "its last start failed",
+        "running": "its last start was killed",
+    }
+    for state, words in {"": "it never started", **ends}.items():
+        if state:
+            with held(RunFolder(run)):
+                write_outcome(run, state, None, "", None)
+        assert cli.main(["stop", str(run)]) == 0
+        assert capsys.readouterr().out == f"{run}: no process runs it ({words}), so there is nothing to stop\n"
+    assert not in_use(run)
+    assert (run / "STOP").read_text() == "save", "a start that is on its way to the lock stops too"
+
+
+def test_a_run_that_is_stopped_says_at_which_step(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = recipe_file.parent / "run"
+    rows = json.dumps({"prompt": "a", "completion": " b"}) + "\n"
+    (recipe_file.parent / "rows.jsonl").write_text(rows * 300)
+    given = ["--config", recipe_file, "--stages", "[base]", "--base.train.steps=100000", "--tracking.enabled=false"]
+    given += ["--data.cache", run.parent / "cache"]
+    command = [sys.executable, str(TRAIN), *map(str, given)]
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=own)
+    try:
+        deadline = time.monotonic() + 120
+        while '"kind":"step"' not in ((run / "events.jsonl").read_text() if (run / "events.jsonl").is_file() else ""):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]  # noqa: PT018
+            time.sleep(0.1)
+        assert cli.main(["stop", str(run)]) == 0
+        assert "will save and stop" in capsys.readouterr().out
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+        process.communicate()
+    outcome = read_json(run / "outcome.json")
+    assert f"stopped after step {outcome['step']}, checkpoint of step {outcome['step']} holds" in outcome["message"]
     assert cli.main(["stop", str(run)]) == 0
-    assert (run / "STOP").read_text() == "save"
-    assert cli.main(["stop", "--now", str(run)]) == 0
-    assert (run / "STOP").read_text() == "now"
+    assert "no process runs it (its last start stopped)" in capsys.readouterr().out
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["kind"] == "step"]
+    assert outcome["step"] == len(steps)
+    assert steps[0]["losses"].keys() == steps[0]["gradient_norms"].keys() == {"loss"}
+    (told,) = (event for event in events if event["kind"] == "data")
+    assert told["sources"].keys() == {"loss"}
 
 
 def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from quietgoose.base.errors import ArtifactError, QuietGooseError, RecipeError
 from quietgoose.base.files import sha256_tensors
 from quietgoose.kernels.routed_lora import dense_weights, naive
 from quietgoose.routing.library import ExpertLibrary
-from quietgoose.routing.model import assign_rows, attach, detach, set_router, state
+from quietgoose.routing.model import assign_rows, attach, detach, install, set_router, state
 from quietgoose.routing.routed_linear import RoutedLinear
 
 
@@ -202,3 +202,59 @@ def test_errors_name_the_cause(model, equal, new_model, new_expert, tokens) -> N
     vectors[equal.sites[3]]["cat"] = torch.zeros_like(vectors[equal.sites[3]]["cat"])
     with pytest.raises(ArtifactError, match=r"EXP-003.*cat"):
         set_router(model, "phatgoose", vectors=vectors)
+
+
+REFUSALS = {
+    "an expert without gates": lambda m, lib, new, base: attach(m, lib.add(new(base(), "eel", gates=False))),
+    "an unknown router": lambda m, lib, new, base: attach(m, lib, "phatgose"),
+    "an unknown expert": lambda m, lib, new, base: attach(m, lib.remove("cat"), "expert:cat"),
+    "no expert": lambda m, lib, new, base: attach(m, lib.restrict([])),
+    "k of none": lambda m, lib, new, base: attach(m, lib, k=0),
+    "a removal that was not": lambda m, lib, new, base: attach(m, state(m).library.remove("cow")),
+    "another base": lambda m, lib, new, base: attach(m, lib.add(new(base(hidden_size=32), "eel"))),
+    "a deeper base": lambda m, lib, new, base: attach(m, lib.add(new(base(num_hidden_layers=3), "eel"))),
+    "a router that lacks its vectors": lambda m, lib, new, base: set_router(m, "average_activation"),
+    "an unknown router alone": lambda m, lib, new, base: set_router(m, "arow"),
+    "no experts a token": lambda m, lib, new, base: set_router(m, "random", k=0),
+    "vectors that end half way": lambda m, lib, new, base: set_router(m, "random", vectors=half(lib)),
+    "a stranger for every token": lambda m, lib, new, base: set_router(m, "expert:cow"),
+}
+
+
+def half(library: ExpertLibrary):
+    """Other vectors than the experts' own, for all sites but the last."""
+    return {site: {e.name: torch.ones_like(e.gates[site]) + e.adapters[site].a_RI[0] for e in library}
+            for site in library.sites[:-1]}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_is_refused_leaves_the_model_as_it_was(model, equal, new_expert, new_model, tokens, case: str) -> None:
+    attach(model, equal, "phatgoose", k=2)
+    before = state(model)
+    with torch.no_grad():
+        want = model(tokens).logits
+        with pytest.raises(QuietGooseError):
+            REFUSALS[case](model, equal, new_expert, new_model)
+        assert torch.equal(model(tokens).logits, want)
+    assert state(model) is before
+    assert (before.router, before.k, before.library) == ("phatgoose", 2, equal)
+    assert dict(model.named_modules()).keys() >= before.modules.keys()
+    assert all(model.get_submodule(site) is module for site, module in before.modules.items())
+
+
+def test_what_is_refused_leaves_a_plain_model_plain(model, equal, tokens) -> None:
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(RecipeError, match=r"CFG-022"):
+        attach(model, equal, "average_activation")
+    with pytest.raises(ArtifactError, match=r"EXP-002"):
+        install(model, ["model.layers.0.self_attn.q_proj", "model.norm"])
+    assert [name for name, _ in model.named_modules()] == names
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_attach_again_leaves_one_hook_a_group(model, equal, tokens) -> None:
+    attach(model, equal)
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    assert hooks > 0
+    attach(model, equal.remove("cat"))
+    assert sum(len(module._forward_hooks) for module in model.modules()) == hooks

@@ -28,7 +28,7 @@ from quietgoose.train.checkpoint import Checkpoints
 from quietgoose.train.engine import Engine, initialize_distributed, shutdown
 from quietgoose.train.loop import train
 from quietgoose.train.recipe import OptimizerSettings, ResumeSettings
-from quietgoose.train.stop import StopControl, leave, run_guarded
+from quietgoose.train.stop import Progress, StopControl, leave, run_guarded
 from quietgoose.train.strategy import load_strategy
 from quietgoose.train.types import Batch, LossTerms, StepBatch
 from torch import nn
@@ -185,8 +185,13 @@ def run_case(case: dict, out: Path) -> int:
     world = initialize_distributed()
     folder = out / case["run"]
     recorder, result = Recorder(folder), {"world": world.size}
-    stop = StopControl(folder, hang_seconds=case.get("hang_seconds", 120), grace_seconds=case.get("grace_seconds", 28))
-
+    progress = Progress()
+    stop = StopControl(
+        folder,
+        hang_seconds=case.get("hang_seconds", 120),
+        grace_seconds=case.get("grace_seconds", 28),
+        progress=progress,
+    )
     stopping.SAME_KEY_PRESS_SECONDS = case.get("key_press_seconds", 1.0)
     if "file_limit" in case and world.is_main:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case["file_limit"], resource.RLIM_INFINITY))
@@ -218,7 +223,7 @@ def run_case(case: dict, out: Path) -> int:
             result["applied"], result["skipped"] = engine.applied, engine.skipped
             engine.destroy()
 
-    code = run_guarded(folder, main)
+    code = run_guarded(folder, main, progress)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if world.is_main:
         result.update(

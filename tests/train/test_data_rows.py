@@ -6,6 +6,7 @@ import logging
 
 import pytest
 from quietgoose.base.errors import DataError, NameRefused, RecipeError
+from quietgoose.evaluation.tasks import load_task
 from quietgoose.train.data.build import build_step_data, resolve_sources
 from quietgoose.train.data.rows import BadRows, RowReport, open_source, read_rows
 from quietgoose.train.nano import nano_tokenizer
@@ -45,6 +46,22 @@ BAD = {
         "needs the fields prompt and completion, or messages, or text; found question",
     ),
     "missing": ({"prompt": "a"}, "field completion is missing"),
+    "target alone": (
+        {"prompt": "a", "target": "b"},
+        "field completion is missing, and target does not say whether a space goes before the answer",
+    ),
+    "choices alone": ({"prompt": "a", "choices": ["b", "c"]}, "missing, and field 'answer' is None"),
+    "no index": (
+        {"prompt": "a", "choices": [" b", " c"], "answer": " b"},
+        "field 'answer' is ' b'; it must be an index",
+    ),
+    "one choice": ({"prompt": "a", "choices": [" b"], "answer": 0}, "'choices' must be a list of two or more"),
+    "no such choice": ({"prompt": "a", "choices": [" b", " c"], "target": "d"}, "'d', which is 0 of the choices"),
+    "two such choices": ({"prompt": "a", "choices": ["b", " b"], "target": "b"}, "'b', which is 2 of the choices"),
+    "two answers": (
+        {"prompt": "a", "choices": [" b", " c"], "answer": 0, "target": "c"},
+        "fields 'answer' and 'target' name two answers, ' b' and 'c'",
+    ),
     "type": ({"prompt": "a", "completion": 4}, "field completion: must be text, found int"),
     "empty": ({"prompt": "a", "completion": ""}, "field completion is empty"),
     "surrogate": (
@@ -56,6 +73,15 @@ BAD = {
     "nothing said": ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
     "deep": (b"[" * 100_000, "not JSON"),
 }
+
+
+@pytest.mark.parametrize("fields", [{"answer": 1}, {"target": "no"}, {"answer": 1, "target": "no"}])
+def test_the_right_choice_is_the_completion(tmp_path, fields):
+    path = write(tmp_path / "test.jsonl", {"prompt": "2+2=5?", "choices": [" yes", " no"], **fields})
+    [row], report = read(path)
+    assert (row.prompt, row.completion, report.taken) == ("2+2=5?", " no", 1)
+    [item] = load_task(tmp_path).items
+    assert (item.completion, item.choices, item.answer) == (" no", (" yes", " no"), 1), "trained and evaluated alike"
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from quietgoose.base.errors import DataError, SecurityError
+from quietgoose.train.base_models import load_tokenizer
 from quietgoose.train.data import tokens as module
 from quietgoose.train.data.rows import BadRows, Row, RowReport
 from quietgoose.train.data.tokens import TokenSettings, encode_rows, load_token_set, token_set, tokenizer_hash
@@ -94,6 +95,7 @@ def test_begin_token_comes_once(bpe):
 
 def test_chat_trains_what_the_assistant_says():
     tokenizer = nano_tokenizer()
+    tokenizer.chat_template = None
     turns = [("system", "s"), ("user", "hi"), ("assistant", "yo"), ("user", "more"), ("assistant", "ok")]
     row = Row("here", messages=tuple({"role": role, "content": text} for role, text in turns))
     with pytest.raises(DataError, match=r"DATA-005 here: field messages needs a chat template"):
@@ -108,6 +110,23 @@ def test_chat_trains_what_the_assistant_says():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"refuses the messages .*roles must alternate"):
         encode(row, tokenizer)
+
+
+def test_the_nano_writes_chat_rows_and_nothing_else_otherwise(tmp_path):
+    tokenizer = nano_tokenizer()
+    turns = [("user", "hi"), ("assistant", "yo"), ("user", "more"), ("assistant", "ok")]
+    chat = Row("here", messages=tuple({"role": role, "content": text} for role, text in turns))
+    [(ids, trained)], _ = encode(chat, tokenizer)
+    assert tokenizer.decode(ids) == "user: hi\nassistant: yo<end>\nuser: more\nassistant: ok<end>"
+    assert tokenizer.decode([i for i, t in zip(ids, trained) if t]) == " yo<end> ok<end>"
+    prompt = tokenizer.apply_chat_template(list(chat.messages[:3]), tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids).startswith(prompt), "asked as it was trained"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+    plain = nano_tokenizer()
+    plain.chat_template = None
+    for row in (pair("ab", " c"), Row("here", text="user: a")):
+        assert encode(row, tokenizer) == encode(row, plain)
 
 
 def test_long_text_is_cut_and_every_token_is_a_target_once():

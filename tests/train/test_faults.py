@@ -308,7 +308,9 @@ def test_r20_out_of_memory_on_one_rank(ranks, tmp_path) -> None:
     done = ranks([case("run", plan=[fault("step", 1, 4, "out_of_memory")])])
     assert done.codes == [7, 8]
     assert read_outcome(tmp_path / "run") == 8
-    assert "micro_rows" in read_json(tmp_path / "run" / "outcome.json")["message"]
+    outcome = read_json(tmp_path / "run" / "outcome.json")
+    assert "micro_rows" in outcome["message"]
+    assert outcome["step"] == 4, "four steps were taken"
 
 
 def test_r4_signals_and_stop_file(fork_server, ranks, whole, tmp_path) -> None:
@@ -318,7 +320,7 @@ def test_r4_signals_and_stop_file(fork_server, ranks, whole, tmp_path) -> None:
     assert done.codes == [75, 75]
     assert names(tmp_path) == ["step_00000004"]
     outcome = read_json(tmp_path / "run" / "outcome.json")
-    assert (outcome["state"], outcome["code"]) == ("stopped", 75)
+    assert (outcome["state"], outcome["code"], outcome["step"]) == ("stopped", 75, 4)
     continues(whole["zero2"], ranks([case("run")]).results["run"])
 
     for now, code in ((False, 75), (True, 76)):

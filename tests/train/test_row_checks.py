@@ -54,7 +54,11 @@ def refused(recipe_file: Path, *options: str) -> RecipeError:
     [
         ('{"prompt": "x"}\n', "QG-DATA-001", "line 2: field completion is missing"),
         ('{"prompt": "x", "completion": " y"\n', "QG-DATA-001", "line 2: not JSON"),
-        (CHAT, "QG-DATA-005", "line 2: field messages needs a chat template"),
+        (
+            '{"prompt": "x", "choices": [" a", " b"], "answer": 2}\n',
+            "QG-DATA-001",
+            "line 2: field completion is missing, and field 'answer' is 2; it must be an index from 0 to 1",
+        ),
     ],
 )
 def test_training_row(recipe_file: Path, collection: Path, row: str, code: str, text: str) -> None:
@@ -64,6 +68,12 @@ def test_training_row(recipe_file: Path, collection: Path, row: str, code: str, 
     assert error.code == code
     assert text in str(error)
     assert str(collection / "two" / "train.jsonl") in str(error)
+
+
+@pytest.mark.parametrize("row", [CHAT, '{"prompt": "x", "choices": [" a", " b"], "answer": 1}\n'])
+def test_rows_that_can_be_trained(recipe_file: Path, collection: Path, row: str) -> None:
+    (collection / "two" / "train.jsonl").write_text(GOOD + row)
+    load_recipe(["--config", str(recipe_file)])
 
 
 def test_a_file_of_a_joined_source(recipe_file: Path, collection: Path) -> None:

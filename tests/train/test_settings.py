@@ -343,11 +343,11 @@ def test_checking_imports_no_torch(recipe_file: Path, recipe: str, options: list
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (["--seed", "abc"], "--seed abc: Expected a <class 'int'>"),
+        (["--seed", "abc"], "--seed abc: must be a whole number"),
         (["stray", "words"], "stray words: belongs to no option; settings are given as --section.key value"),
         (["--gates.train.steps=x", "--data.experts.one.limit", "q"], "2 problems"),
-        (["--base.train.optimizer.betas=[1]"], "Expected a tuple with 2 elements"),
-        (["--compare.arms.plain=3"], "--compare.arms.plain=3: Expected a <class 'dict'>"),
+        (["--base.train.optimizer.betas=[1]"], "--base.train.optimizer.betas=[1]: must be a list of 2 values"),
+        (["--compare.arms.plain=3"], "--compare.arms.plain=3: must be a mapping, as in {name: value}"),
     ],
 )
 def test_wrong_values_are_told_in_the_first_second(option: list[str], said: str) -> None:

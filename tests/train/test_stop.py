@@ -12,7 +12,15 @@ import torch
 from quietgoose.base.errors import NumericError, QuietGooseError, StopRequested
 from quietgoose.base.files import read_json
 from quietgoose.train import stop as stopping
-from quietgoose.train.stop import OUTCOME, STOP_FILE, StopControl, read_outcome, request_stop, run_guarded
+from quietgoose.train.stop import (
+    OUTCOME,
+    STOP_FILE,
+    Progress,
+    StopControl,
+    read_outcome,
+    request_stop,
+    run_guarded,
+)
 
 
 def fail(error: Exception):
@@ -48,6 +56,27 @@ def test_lost_peer_and_plain_bugs(tmp_path: Path) -> None:
     assert run_guarded(tmp_path, lambda: None) == 0
     assert read_outcome(tmp_path) == 0
     assert read_outcome(tmp_path / "nothing") == 3
+
+
+@pytest.mark.parametrize("error", [StopRequested("asked", saved=True), NumericError("nan"), ValueError("a bug"), None])
+def test_the_outcome_says_how_many_steps_were_taken(tmp_path: Path, error: Exception | None) -> None:
+    """By the training that ended so; a training that was finished before has none to tell."""
+    progress = Progress()
+    control = StopControl(tmp_path, progress=progress)
+
+    def main() -> None:
+        for failure in (None, error):
+            with control.watching():
+                progress.step = 51
+                if failure is not None:
+                    raise failure
+
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="a bug"):
+            run_guarded(tmp_path, main, progress)
+    else:
+        run_guarded(tmp_path, main, progress)
+    assert read_json(tmp_path / OUTCOME)["step"] == (51 if error else None)
 
 
 def test_a_second_job_leaves_the_first_ones_outcome_alone(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from quietgoose.train.evaluate_thoughts import _possible
 from quietgoose.train.settings import load_recipe
 from quietgoose.train.tasks import check_split, task_of, with_split
 
+COLLECTION = str(Path(__file__).resolve().parents[2] / "launch/recipes/smollm2_collection.yaml")
 RECIPE = str(Path(__file__).resolve().parents[2] / "launch/recipes/thoughts_smollm2.yaml")
 
 
@@ -46,6 +47,49 @@ def test_the_command_that_the_recipe_shows_is_accepted(folder: str) -> None:
 def test_a_split_that_is_not_there_is_told_at_the_start(folder: str, more: list[str], text: str) -> None:
     with pytest.raises(QuietGooseError, match=text) as caught:
         load_recipe(options(folder, *more))
+    assert "QG-DATA-002" in str(caught.value)
+
+
+COLLECTIONS = {
+    "once for both": (["--data.collection", "/nope"], ["data.collection: /nope: no such folder"]),
+    "home is home": (["--data.collection", "~/no/pe"], ["data.collection: ~/no/pe: no such folder"]),
+    "its own": (
+        ["--data.collection", "FOLDER", "--evaluate.collection", "/nope"], ["evaluate.collection: /nope: no such folder"],
+    ),
+    "two": (
+        ["--data.collection", "/nope", "--evaluate.collection", "/nix"],
+        ["data.collection: /nope: no such folder", "evaluate.collection: /nix: no such folder"],
+    ),
+    "evaluated alone": (
+        ["--data.collection", "/nope", "--stages", "[evaluate]"],
+        ["data.collection: /nope: no such folder"],
+    ),
+    "a split": (
+        ["--data.collection", "FOLDER", "--evaluate.split", "dev"],
+        ["data.collection: FOLDER: no sub-folder holds dev.jsonl"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COLLECTIONS)
+def test_a_collection_is_told_once_and_by_its_setting(tmp_path: Path, folder: str, case: str) -> None:
+    row = json.dumps({"prompt": "q ", "completion": "a", "choices": ["a", "b"], "answer": 0})
+    for split in ("train", "test"):
+        (tmp_path / "collection" / "one").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "collection" / "one" / f"{split}.jsonl").write_text(row)
+    here = str(tmp_path / "collection")
+    more, lines = COLLECTIONS[case]
+    given = [word.replace("FOLDER", here) for word in more]
+    with pytest.raises(QuietGooseError) as caught:
+        load_recipe(["--config", COLLECTION, "--data.include", "[]", "--evaluate.include", "[]", *given])
+    told = [
+        line.strip().partition(" ")[2]
+        for line in str(caught.value).splitlines()
+        if "folder" in line and "stages:" not in line
+    ]
+    assert len(told) == len(lines), told
+    for have, want in zip(told, lines):
+        assert have.startswith(want.replace("FOLDER", here))
     assert "QG-DATA-002" in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -163,6 +164,26 @@ def test_local_store_resume_and_kill(tmp_path: Path) -> None:
     history = store.get_metric_history(child.info.run_id, "loss")
     assert [metric.step for metric in history] == list(range(20))
     assert [event["step"] for event in events(tmp_path) if event["kind"] == "step"] == list(range(20))
+
+
+def test_an_error_is_forgotten_once_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in mlflow_sink.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    settings = tracking.sink_settings(TrackingSettings(system_metrics=False), tmp_path)
+    found = []
+    for error in (NumericError("nan"), NumericError("nan again"), StopRequested("asked", saved=True), None):
+        with contextlib.suppress(NumericError, StopRequested):
+            with Tracker(TrackingSettings(enabled=False), tmp_path, settings_of_run={}, name="r", main=True, say=print):
+                if error is not None:
+                    raise error
+        sink = mlflow_sink.Sink(settings)
+        while sink.push():
+            pass
+        run = sink.client.get_run(place(tmp_path)["run_id"])
+        found.append((run.info.status, run.data.tags.get("error")))
+    assert found == [
+        ("FAILED", "QG-NUM-001 nan"), ("FAILED", "QG-NUM-001 nan again"), ("KILLED", None), ("FINISHED", None),
+    ]  # fmt: skip
 
 
 def test_tables_become_one_finished_run(bad_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

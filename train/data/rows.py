@@ -3,6 +3,7 @@ skills.
 
 A row is one of
     {"prompt": str, "completion": str}                    loss on the completion
+    {"prompt": str, "choices": [str, ...], "answer": int}   loss on the right choice; `target`, a choice's text, for `answer`
     {"messages": [{"role": str, "content": str}, ...]}    loss on what the assistant says
     {"text": str}                                         loss on all of it
 Other fields are ignored. A bad row names file, line, field and reason (DATA-001). Called by tokens.py.
@@ -22,6 +23,7 @@ from typing import Any, Literal, Protocol
 
 from ...base.errors import DataError
 from ...base.files import safe_name, sha256_file
+from ...evaluation.tasks import completion_of
 from ..recipe import SourceSettings
 
 SKILLS, STEPS = "skills:", "steps:"
@@ -259,6 +261,11 @@ def check_row(where: str, value: Any, bad: BadRows) -> Row | None:
     if "messages" in value:
         return _chat(where, value["messages"], bad)
     if "prompt" in value or "completion" in value:
+        if "completion" not in value:
+            try:
+                value = _completed(value)
+            except ValueError as error:
+                return bad.bad(where, f"field completion is missing, and {error}")
         reason = _text_problem(value, "prompt", may_be_empty=True) or _text_problem(value, "completion")
         if reason:
             return bad.bad(where, reason)
@@ -268,6 +275,17 @@ def check_row(where: str, value: Any, bad: BadRows) -> Row | None:
         return bad.bad(where, reason) if reason else Row(where, text=value["text"])
     found = ", ".join(sorted(map(str, value))[:8]) or "no fields"
     return bad.bad(where, f"needs the fields prompt and completion, or messages, or text; found {found}")
+
+
+def _completed(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the right one of the choices as its completion, where it has choices. ValueError: the choices or the target leave open
+    what to train."""
+    completion = completion_of(value)
+    if completion is not None:
+        return {**value, "completion": completion}
+    if "target" in value:
+        raise ValueError("target does not say whether a space goes before the answer; give the completion")
+    return value
 
 
 def _chat(where: str, messages: Any, bad: BadRows) -> Row | None:
