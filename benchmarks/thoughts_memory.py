@@ -4,6 +4,7 @@
     python benchmarks/thoughts_memory.py --cells 512:9:2 1024:13:4 --rows 1 4 16 --arms loop graphs
     python benchmarks/thoughts_memory.py --model FOLDER --text FILE --arms graphs int8 int4   # real weights: the KL counts
     python benchmarks/thoughts_memory.py --tiny                                           # small, also on a CPU
+    python benchmarks/thoughts_memory.py --estimate 0 8192 --rows 1 --cells 512:4:2       # a GPU's memory, told without one
 
 A cell is L:T:S. Arms, each with everything before it:
 
@@ -17,6 +18,7 @@ A cell is L:T:S. Arms, each with everything before it:
 Every arm runs with each number of rows until it no longer fits; the table names the best rate and the memory at one row.
 One step is forward, backward, no optimiser; `--train head` freezes the model. Memory is the peak beyond weights, and in
 all. Nothing is timed before loop and thoughts/ agree on losses and gradients. Random weights unless --model is given.
+--estimate takes no step: it traces those of graphs, int8 and int4 (thoughts_estimate.py), seconds a cell on a CPU.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from quietgoose.thoughts.storage import ThoughtStore
 from random_models import build, smollm2, weight_bytes
 from thought_attention_peers import DenseAttention
 from thoughts_authors_loop import AuthorsLoop, Fixes, Text, is_green, parameters_of, small_gate, small_model
+from thoughts_estimate import estimate_all, estimate_table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -176,10 +179,14 @@ def measure(bench: Bench, arm: str, cell: tuple[int, int, int], rows: int) -> di
     return found
 
 
+def cells_of(options: argparse.Namespace) -> list[str]:
+    return options.cells or (TINY_CELLS if options.tiny else CELLS)
+
+
 def collect(bench: Bench, report: dict[str, Any]) -> None:
     """All arms on all cells; an arm that runs out of memory starts no larger number of rows."""
     options = bench.options
-    for text in options.cells or (TINY_CELLS if options.tiny else CELLS):
+    for text in cells_of(options):
         cell: Any = tuple(int(x) for x in text.split(":"))
         for arm in options.arms:
             for rows in options.rows:
@@ -235,6 +242,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=None, help="rows of a micro-batch, ascending")
     parser.add_argument("--ahead", type=int, default=4, help="J, true tokens scored after a thought")
     parser.add_argument("--branch-tokens", type=int, default=32768, help="branch positions of a chunk, over all rows")
+    parser.add_argument(
+        "--estimate", nargs="+", type=int, metavar="BRANCH_TOKENS",
+        help="only estimate memory, in chunks of so many branch positions each; 0: all at once",
+    )  # fmt: skip
     parser.add_argument("--train", choices=["full", "head"], default="full", help="the model's parameters too, or not")
     parser.add_argument("--seconds", type=float, default=4.0, help="timed steps of an arm take no longer")
     parser.add_argument("--patience-seconds", type=float, default=20.0, help="an arm with a slower first step is left")
@@ -253,9 +264,14 @@ def main() -> None:
     device = torch.device(options.device)
     report: dict[str, Any] = {
         **about(device), "model": options.model or ("tiny" if options.tiny else "SmolLM2-135M's shape, random weights"),
-        "train": options.train, "ahead": options.ahead, "branch_tokens": options.branch_tokens,
-        "gate": small_gate(device), "results": [],
+        "train": options.train, "ahead": options.ahead,
     }  # fmt: skip
+    if options.estimate:
+        report |= {"estimate": "of a step in bf16 on a GPU, traced on a CPU without numbers", "results": []}
+        estimate_all(options, cells_of(options), report)
+        print(estimate_table(report))
+        return
+    report |= {"branch_tokens": options.branch_tokens, "gate": small_gate(device), "results": []}
     say(report["hardware"], report["versions"], "gate:", report["gate"])
     write(report, options.out)
     if not is_green(report["gate"]):

@@ -167,7 +167,9 @@ PRESETS: dict[str, Policy] = {
     "paper": Policy(salient_ratio=0.6),
     # no 2-bit tokens: every 4/2 mix lost retrieval; 128 recent tokens: with 64 it lost 2.6 points of it, with 128 1.9; keys rounded
     # with the queries in mind: a third of the KL (docs/log.md)
-    "quality": Policy(salient_ratio=1.0, high_bits=4, low_bits=4, sink_tokens=16, recent_tokens=128, rounding="queries"),
+    "quality": Policy(
+        salient_ratio=1.0, high_bits=4, low_bits=4, sink_tokens=16, recent_tokens=128, rounding="queries"
+    ),
     "small": Policy(salient_ratio=0.4),
     "lossless": Policy(salient_ratio=1.0, high_bits=16, low_bits=16),
 }
