@@ -66,7 +66,7 @@ METHODS: list[Method] = [
     zip_method("zip 60 % queries", salient_ratio=0.6, rounding="queries"),
     zip_method("zip 4/4", long=True, salient_ratio=1.0, low_bits=4), zip_method("zip 80 %", salient_ratio=0.8),
     zip_method("zip 60 %", salient_ratio=0.6), zip_method("zip 40 %", salient_ratio=0.4), zip_method("zip 2/2", salient_ratio=0.0),
-    kivi(2, 128),
+    kivi(2, 128), kivi(4, 256),
     zip_method("zip 16/4 2 % s16 r64 queries", salient_ratio=0.02, high_bits=16, low_bits=4, sink_tokens=16, recent_tokens=64,
                rounding="queries"),
     zip_method("zip 16/4 5 % s16 r64 queries", salient_ratio=0.05, high_bits=16, low_bits=4, sink_tokens=16, recent_tokens=64,

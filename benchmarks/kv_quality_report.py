@@ -15,8 +15,8 @@ import numpy as np
 from quietgoose.evaluation.intervals import Interval, interval, macro, mean_draws, paired_difference, resamples
 
 TIMES = 2000
-RIVALS = {"KIVI": ("KIVI-4 R32", "KIVI-2 R32", "KIVI K4V2 R32", "KIVI-4 R128"), "HF quanto": ("HF quanto-4", "HF quanto-2"),
-          "HF hqq": ("HF hqq-4", "HF hqq-2")}  # fmt: skip
+RIVALS = {"KIVI": ("KIVI-4 R32", "KIVI-2 R32", "KIVI K4V2 R32", "KIVI-4 R128", "KIVI-4 R256"),
+          "HF quanto": ("HF quanto-4", "HF quanto-2"), "HF hqq": ("HF hqq-4", "HF hqq-2")}  # fmt: skip
 COLOURS = {"zipcache": "#7aa6d8", "preset": "#0b4f9e", "control": "#9a9a9a", "kivi R32": "#c2410c", "kivi R128": "#f59e0b",
            "HF quanto": "#15803d", "HF hqq": "#65a30d", "HF fp8": "#4d7c0f", "h2o": "#7e22ce", "mikv": "#be185d"}  # fmt: skip
 LOWEST_KL = 1e-7

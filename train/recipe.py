@@ -115,7 +115,7 @@ class ThoughtSettings:
     start_like, end_like   texts whose first token the embeddings of START and END begin as
     ratio_cap, clip, baseline_decay   0 switches them off
     curriculum_sizes         [tokens, lookahead] of one equal share of the steps each (preset curriculum)
-    chunk        anchors of a row in one piece of the gradient pass in the gradient pass; 0: all
+    chunk        anchors of a row in one piece of the gradient pass; 0: all
     rollout_chunk   thoughts of a row (anchors x samples) sampled together; 0: all. Both bound memory and change nothing else
     capture      auto (steps of the rollout become CUDA graphs on a GPU) | never (for a forward that waits for the device)
     lr_meta, lr_head         their learning rates; train.optimizer.lr is the adapter's (or the weights')
