@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -111,7 +112,10 @@ def test_a_warning_is_one_line_and_stays() -> None:
         "def command(): warnings.warn('slow\\nhere')\n"
         "assert run_command(command, []) == 0; assert warnings.formatwarning is before"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"
+    }  # a test before may have set it
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
     assert (done.returncode, done.stderr) == (0, "warning: slow here\n")
 
 
