@@ -112,6 +112,7 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert "thoughts.loss_on: completion" in page, "the page scores questions too, the table answers only"
 
 
+@pytest.mark.slow  # test_faults.py kills ranks, also inside a save, in seconds
 def test_killed_four_times_and_continued_equals_undisturbed(whole: Path, tmp_path: Path) -> None:
     # base has steps 0 to 2, experts 0 to 4, gates 0 to 5, thoughts 0 to 6, so a step names the stage that is struck
     kills = [

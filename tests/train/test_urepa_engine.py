@@ -112,6 +112,7 @@ def test_a_cut_run_goes_on_to_the_bit_under_every_stage(ranks, tools) -> None:
         assert len(moved) > len(averages) / 2, f"{stage}: an average is neither the weights nor at rest"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_accumulation_resume_and_what_is_off(ranks, tools) -> None:
     """One start of two ranks runs all cases, since a start costs seconds."""
