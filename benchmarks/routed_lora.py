@@ -173,10 +173,8 @@ def run_tune(report: Report) -> None:
     """Tiles by number of tokens and width, pieces of `stock`, and the fastest formulation: what tiles.py should say."""
     device = torch.device("cuda")
     found: dict[str, list[Any]] = {}
-    eager, tiles.EAGER_COPIES[:] = (
-        list(tiles.EAGER_COPIES),
-        [0],
-    )  # the gate is an eager call and is to see what is timed
+    eager = list(tiles.EAGER_COPIES)
+    tiles.EAGER_COPIES[:] = [0]  # the gate is an eager call and is to see what is timed
     for shape in report.options.shapes:
         width = 2048 if shape == "smollm2" else tiles.LIMITLESS
         for tokens, limit in ((1, 1), (128, 256), (512, 1024), (4096, 8192), (32768, tiles.LIMITLESS)):

@@ -99,12 +99,8 @@ class Bench:
 
     def modes(self) -> tuple[str, ...]:
         """The fastest first; graphs last, because a failed capture spoils what follows in the process."""
-        known = [
-            m
-            for m in ("layers", "off", "graph")
-            if m in self.options.modes and (self.device.type == "cuda" or m == "off")
-        ]
-        return tuple(mode for mode in known if mode not in self.red)
+        known = ("layers", "off", "graph") if self.device.type == "cuda" else ("off",)
+        return tuple(mode for mode in known if mode in self.options.modes and mode not in self.red)
 
     def peft(self) -> None:
         shape = self.shapes["smollm2"]

@@ -210,9 +210,8 @@ def completion_of(row: Mapping[str, Any]) -> str | None:
 def _item(row: dict[str, Any], where: str) -> Item:
     prompt = _text(row, "prompt", where)
     try:
-        if "completion" not in row and (filled := completion_of(row)) is not None:
-            return Item(prompt, filled, tuple(row["choices"]), right_choice(row))
-        completion = _text(row, "completion", where)
+        filled = None if "completion" in row else completion_of(row)
+        completion = _text(row, "completion", where) if filled is None else filled
         if "choices" in row:
             return Item(prompt, completion, tuple(row["choices"]), right_choice(row))
     except ValueError as error:

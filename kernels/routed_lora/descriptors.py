@@ -99,7 +99,7 @@ def route_way(
 
 
 def _tile(chosen: tiles.Tiles | None, table: tiles.CopiesTable, x_TI: Tensor) -> tiles.Tiles | None:
-    tile = chosen or tiles.choose_copies(table, x_TI.shape[0], x_TI.shape[1])
+    tile = chosen or tiles.choose(table, x_TI.shape[0], x_TI.shape[1])
     return tile if tile and tile.loads != "addresses" and _known(x_TI.device) else None
 
 

@@ -125,7 +125,8 @@ def shrink_masked(
     masked_shrink[(triton.cdiv(num_tokens, tile.rows) * blocks,)](
         x_TI, a_RI, tables.owner_R, weight_STK, index_STK, hidden,
         num_tokens, width, x_TI.stride(0), hidden.stride(0), *_three(shape.slots),
-        K=k, EVEN=width % tile.depth == 0, BLOCK_T=tile.rows, BLOCK_R=block_r, BLOCK_I=tile.depth, SWEEP=8,
+        SITES=len(shape.slots), K=k, EVEN=width % tile.depth == 0,
+        BLOCK_T=tile.rows, BLOCK_R=block_r, BLOCK_I=tile.depth, SWEEP=8,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return hidden
@@ -158,6 +159,13 @@ def linear(
     return y
 
 
+def _base_into(y_TO: Tensor, x_TI: Tensor, weight_IO: Tensor, bias_O: Tensor | None) -> None:
+    if bias_O is None:
+        torch.mm(x_TI, weight_IO, out=y_TO)
+    else:
+        torch.addmm(bias_O, x_TI, weight_IO, out=y_TO)
+
+
 def linear_in_pieces(x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: GroupShape) -> list[Tensor]:
     """What `linear` gives, by the library's products: expand added to each piece of y while the L2 holds the piece."""
     found, (rows, columns) = [], tiles.STOCK_PIECE
@@ -168,10 +176,7 @@ def linear_in_pieces(x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: Group
         for t in range(0, num_tokens, rows):
             for o in range(0, num_out, columns):
                 piece, x, w = y[t : t + rows, o : o + columns], x_TI[t : t + rows], weight_IO[:, o : o + columns]
-                if sites.biases:
-                    torch.addmm(sites.biases[site][o : o + columns], x, w, out=piece)
-                else:
-                    torch.mm(x, w, out=piece)
+                _base_into(piece, x, w, sites.biases[site][o : o + columns] if sites.biases else None)
                 piece.addmm_(h_TR[t : t + rows], b_RO[:, o : o + columns])
         found.append(y)
     return found
@@ -190,10 +195,7 @@ def linear_beside(x_TI: Tensor, make_hidden: Callable[[], Tensor], sites: Sites,
     side.wait_stream(main)
     with torch.cuda.stream(side):
         for site, weight_OI in enumerate(sites.weights):
-            if sites.biases:
-                torch.addmm(sites.biases[site], x_TI, weight_OI.t(), out=y[site])
-            else:
-                torch.mm(x_TI, weight_OI.t(), out=y[site])
+            _base_into(y[site], x_TI, weight_OI.t(), sites.biases[site] if sites.biases else None)
     hidden_TR = make_hidden()
     main.wait_stream(side)
     for y_TO, h_TR, b_RO in zip(y, hidden_TR.split(list(shape.slots), dim=1), sites.b_RO):

@@ -217,7 +217,7 @@ def _hidden(
     """hm [T, R]: one launch, or two, routing and shrink apart, where that is faster or has more experts than one can hold."""
     from . import launch
 
-    if shape.num_experts <= MOST_FUSED and not tiles.shrink_apart(x.shape[0], x.shape[1]):
+    if shape.num_experts <= MOST_FUSED and not tiles.choose(tiles.SHRINK_APART, x.shape[0], x.shape[1]):
         return launch.route(x, gates, tables, shape, k, arrow, a_RI, store=False)[2]
     weight, index, _ = launch.route(x, gates, tables, shape, k, arrow)
     return launch.shrink_masked(x, a_RI, tables, shape, weight, index)

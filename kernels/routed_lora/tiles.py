@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+Content = TypeVar("Content")
 
 
 class Tiles(NamedTuple):
@@ -136,19 +139,9 @@ CANDIDATES: dict[str, list[Tiles]] = {
 STOCK_PIECES = [[2**40, 2**40], [8192, 2**40], [4096, 4096], [4096, 2048], [2048, 2048], [8192, 1024]]
 
 
-def choose(table: Table, num_tokens: int, width: int) -> Tiles:
+def choose(table: Sequence[tuple[int, int, Content]], num_tokens: int, width: int) -> Content:
     """The table's entry for this many tokens of this width."""
     return next(found for tokens, widths, found in table if num_tokens <= tokens and width <= widths)
-
-
-def choose_copies(table: CopiesTable, num_tokens: int, width: int) -> Tiles | None:
-    """As `choose`, for launches by descriptors."""
-    return next(found for tokens, widths, found in table if num_tokens <= tokens and width <= widths)
-
-
-def shrink_apart(num_tokens: int, width: int) -> bool:
-    """Whether routing and shrink are two launches."""
-    return next(found for tokens, widths, found in SHRINK_APART if num_tokens <= tokens and width <= widths)
 
 
 def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) -> Tiles:

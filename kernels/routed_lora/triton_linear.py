@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_descriptors import copied_products
-from .triton_route import pick
+from .triton_route import add_products, pick, site_tile
 
 
 @triton.jit
@@ -29,14 +29,7 @@ def loaded_products(
     p_rows = p_x + o_tc[:, None] * s_x + o_i[None, :]
     p_cols = p_w + o_oc[None, :] * width + o_i[:, None]
     acc = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-    for i in range(0, width, BLOCK_I):
-        if EVEN:
-            b_x = tl.load(p_rows + i)
-            b_w = tl.load(p_cols + i)
-        else:
-            b_x = tl.load(p_rows + i, mask=(o_i < width - i)[None, :], other=0.0)
-            b_w = tl.load(p_cols + i, mask=(o_i < width - i)[:, None], other=0.0)
-        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+    acc = add_products(acc, p_rows, p_cols, o_i, width, EVEN, BLOCK_I)
     o_r = tl.arange(0, BLOCK_R)
     p_hidden = p_h + o_tc[:, None] * s_h + first + o_r[None, :]
     p_up = p_b + o_r[:, None] * num_out + o_o[None, :]
@@ -79,15 +72,7 @@ def linear_expand(
     MORE: 0, or with TMA columns beyond a power of two, in an accumulator of their own.
     """
     COLUMNS: tl.constexpr = BLOCK_O + MORE
-    pid = tl.program_id(0)
-    blocks_t = tl.cdiv(num_tokens, BLOCK_T)
-    blocks_0, blocks_1, blocks_2 = tl.cdiv(out_0, COLUMNS), tl.cdiv(out_1, COLUMNS), tl.cdiv(out_2, COLUMNS)
-    blocks_o = blocks_0 + blocks_1 + blocks_2
-    band = pid // (SWEEP * blocks_o)
-    rows = min(blocks_t - band * SWEEP, SWEEP)
-    i_t = band * SWEEP + (pid % (SWEEP * blocks_o)) % rows
-    i_o = (pid % (SWEEP * blocks_o)) // rows
-    i_s = (i_o >= blocks_0).to(tl.int32) + (i_o >= blocks_0 + blocks_1).to(tl.int32)
+    i_t, i_o, i_s = site_tile(num_tokens, out_0, out_1, out_2, SITES, BLOCK_T, COLUMNS, SWEEP)
     d_w, d_b, d_more_w, d_more_b = d_w0, d_b0, d_more_w0, d_more_b0
     if SITES == 1:
         num_out, slots, first = out_0, slots_0, 0
@@ -95,7 +80,6 @@ def linear_expand(
         num_out = pick(i_s, out_0, out_1, out_2)
         slots = pick(i_s, slots_0, slots_1, slots_2)
         first = pick(i_s, 0, slots_0, slots_0 + slots_1)
-        i_o = i_o - pick(i_s, 0, blocks_0, blocks_0 + blocks_1)
         zero = tl.zeros([], dtype=tl.int64)
         p_w = p_w + pick(i_s, zero, to_w1.to(tl.int64), to_w2.to(tl.int64))
         p_bias = p_bias + pick(i_s, zero, to_bias1.to(tl.int64), to_bias2.to(tl.int64))

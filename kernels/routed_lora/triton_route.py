@@ -28,6 +28,39 @@ def pick(i_site, value_0, value_1, value_2):
 
 
 @triton.jit
+def site_tile(num_tokens, count_0, count_1, count_2, SITES: tl.constexpr, BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr,
+              SWEEP: tl.constexpr):  # fmt: skip
+    """(token block, column block of its site, site) of a program, in a grid of token blocks times the column blocks of sites with
+    so many columns each; SWEEP token blocks share a column block in the L2."""
+    pid = tl.program_id(0)
+    blocks_t = tl.cdiv(num_tokens, BLOCK_T)
+    blocks_0, blocks_1, blocks_2 = tl.cdiv(count_0, COLUMNS), tl.cdiv(count_1, COLUMNS), tl.cdiv(count_2, COLUMNS)
+    blocks = blocks_0 + blocks_1 + blocks_2
+    band = pid // (SWEEP * blocks)
+    rows = min(blocks_t - band * SWEEP, SWEEP)
+    i_t = band * SWEEP + (pid % (SWEEP * blocks)) % rows
+    i_c = (pid % (SWEEP * blocks)) // rows
+    i_s = (i_c >= blocks_0).to(tl.int32) + (i_c >= blocks_0 + blocks_1).to(tl.int32)
+    if SITES > 1:
+        i_c = i_c - pick(i_s, 0, blocks_0, blocks_0 + blocks_1)
+    return i_t, i_c, i_s
+
+
+@triton.jit
+def add_products(acc, p_rows, p_cols, o_i, width, EVEN: tl.constexpr, BLOCK_I: tl.constexpr):
+    """acc + x W^T, step by step of BLOCK_I inputs, from the addresses of x's rows and of W's; EVEN: the last step is whole."""
+    for i in range(0, width, BLOCK_I):
+        if EVEN:
+            b_x = tl.load(p_rows + i)
+            b_w = tl.load(p_cols + i)
+        else:
+            b_x = tl.load(p_rows + i, mask=(o_i < width - i)[None, :], other=0.0)
+            b_w = tl.load(p_cols + i, mask=(o_i < width - i)[:, None], other=0.0)
+        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def scores(b_dot, b_sum, b_squares, b_shift, b_absent, width, ARROW: tl.constexpr):
     """Router scores [T, NP] from raw products, sums of x and of x^2 [T], shifts and absence [NP]."""
     if ARROW:

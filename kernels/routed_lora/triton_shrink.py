@@ -9,31 +9,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_route import pick
+from .triton_route import add_products, pick, site_tile
 
 
 @triton.jit
 def masked_shrink(
     p_x, p_a, p_owner, p_weight, p_index, p_h, num_tokens, width, s_x, s_h, slots_0, slots_1, slots_2,
-    K: tl.constexpr, EVEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
-    SWEEP: tl.constexpr,
+    SITES: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
     """h [T, R] in x's dtype from weight fp32 and index int32 [S, T, K]; one program: BLOCK_T tokens, BLOCK_R slots of a site.
 
     SWEEP token blocks share a block of A in the L2.
     """
-    pid = tl.program_id(0)
-    blocks_t = tl.cdiv(num_tokens, BLOCK_T)
-    blocks_0, blocks_1, blocks_2 = tl.cdiv(slots_0, BLOCK_R), tl.cdiv(slots_1, BLOCK_R), tl.cdiv(slots_2, BLOCK_R)
-    blocks_r = blocks_0 + blocks_1 + blocks_2
-    band = pid // (SWEEP * blocks_r)
-    rows = min(blocks_t - band * SWEEP, SWEEP)
-    i_t = band * SWEEP + (pid % (SWEEP * blocks_r)) % rows
-    i_r = (pid % (SWEEP * blocks_r)) // rows
-    i_s = (i_r >= blocks_0).to(tl.int32) + (i_r >= blocks_0 + blocks_1).to(tl.int32)
+    i_t, i_r, i_s = site_tile(num_tokens, slots_0, slots_1, slots_2, SITES, BLOCK_T, BLOCK_R, SWEEP)
     slots = pick(i_s, slots_0, slots_1, slots_2)
     first = pick(i_s, 0, slots_0, slots_0 + slots_1)
-    i_r = i_r - pick(i_s, 0, blocks_0, blocks_0 + blocks_1)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_t, m_r = o_t < num_tokens, o_r < slots
@@ -43,14 +34,7 @@ def masked_shrink(
     p_rows = p_x + o_tc[:, None] * s_x + o_i[None, :]
     p_cols = p_a + o_rc[None, :] * width + o_i[:, None]
     acc = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-    for i in range(0, width, BLOCK_I):
-        if EVEN:
-            b_x = tl.load(p_rows + i)
-            b_a = tl.load(p_cols + i)
-        else:
-            b_x = tl.load(p_rows + i, mask=(o_i < width - i)[None, :], other=0.0)
-            b_a = tl.load(p_cols + i, mask=(o_i < width - i)[:, None], other=0.0)
-        acc = tl.dot(b_x, b_a, acc, input_precision="ieee")
+    acc = add_products(acc, p_rows, p_cols, o_i, width, EVEN, BLOCK_I)
     b_owner = tl.load(p_owner + first + o_r, mask=m_r, other=-1)
     o_pair = (i_s.to(tl.int64) * num_tokens + o_tc) * K
     b_share = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
