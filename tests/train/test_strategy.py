@@ -117,6 +117,15 @@ def test_nothing_that_deepspeed_measures_is_on(name: str) -> None:
     assert read.steps_per_print > 10**8
 
 
+def test_zero2_overlaps_only_where_it_is_asked_for() -> None:
+    """DeepSpeed waits for the device at every bucket under overlap_comm: off by itself, as in zero2.json."""
+    for given, wanted in ((None, False), (True, True)):
+        zero = {"stage": 2} if given is None else {"stage": 2, "overlap_comm": given}
+        found = merge({"zero_optimization": zero}, micro_rows=2, micro_count=3, world_size=2, trainable=10**6)
+        assert found["zero_optimization"]["overlap_comm"] is wanted
+    assert load_strategy("zero2")["zero_optimization"]["overlap_comm"] is False
+
+
 def test_one_process_overlaps_nothing() -> None:
     alone = merge(
         {"zero_optimization": {"stage": 2, "overlap_comm": True}},
