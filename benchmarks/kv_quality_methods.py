@@ -76,6 +76,7 @@ METHODS: list[Method] = [
                rounding="queries", sixteen_bit_layers=[7, 18]),
     zip_method("zip 4/4 s16 r64 queries, layers 18 23 in 16", salient_ratio=1.0, low_bits=4, sink_tokens=16, recent_tokens=64,
                rounding="queries", sixteen_bit_layers=[18, 23]),
+    zip_method("zip quality, layers 18 23 in 16", preset="quality", sixteen_bit_layers=[18, 23]),
     zip_method("zip 4/4 s4", salient_ratio=1.0, low_bits=4, sink_tokens=4),
     zip_method("zip 4/4 s16", salient_ratio=1.0, low_bits=4, sink_tokens=16),
     zip_method("zip 4/4 s4 r64", salient_ratio=1.0, low_bits=4, sink_tokens=4, recent_tokens=64),

@@ -67,7 +67,7 @@ def evaluate_thoughts(context: Context, base: LoadedBase) -> ThoughtFindings:
     thinker = thinking_model(context, base)
     tasks = load_tasks(settings.tasks, settings, recipe)
     generated = load_tasks(settings.generated, settings, recipe)
-    data = _text(context, base) if settings.text is not None else None
+    data = _text(context, base) if settings.text is not None and thinker.config.thinks else None
     with torch.no_grad():
         results = _table(context, thinker, tasks) if tasks else None
         written = _table(context, thinker, generated, GENERATING) if generated else None
