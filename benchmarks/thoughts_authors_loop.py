@@ -31,10 +31,14 @@ from quietgoose.kernels.linear_loss import token_nll
 from quietgoose.kernels.testing import relative_rmse
 from quietgoose.thoughts import objective
 from quietgoose.thoughts.attention import restore
+from quietgoose.thoughts.branch import trains
+from quietgoose.thoughts.captured_pass import PassGraphs
+from quietgoose.thoughts.captured_prefix import PrefixGraphs
 from quietgoose.thoughts.config import ThoughtConfig
-from quietgoose.thoughts.gradient import Stream, thought_loss, trains
+from quietgoose.thoughts.gradient import Stream, thought_loss
 from quietgoose.thoughts.parameters import ThoughtParameters, ThoughtTensors, mix
 from quietgoose.thoughts.policy import ModelPolicy
+from quietgoose.thoughts.rollout import RolloutGraphs
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -212,12 +216,17 @@ def parameters_of(model: Any, config: ThoughtConfig) -> ThoughtParameters:
     return parameters.to(rows.device)
 
 
-def gate(model: Any, tokens_BL: Tensor, config: ThoughtConfig, fixes: Fixes | None = None) -> dict[str, float]:
-    """Relative difference of losses and of all gradients between the loop and thoughts/ for the same thoughts."""
+def gate(
+    model: Any, tokens_BL: Tensor, config: ThoughtConfig, fixes: Fixes | None = None, **options: Any
+) -> dict[str, float]:
+    """Relative difference of losses and of all gradients between the loop and thoughts/ for the same thoughts. `options` of
+    thought_loss."""
     parameters = parameters_of(model, config)
     trained = [*parameters.parameters(), *(p for p in model.parameters() if p.requires_grad)]
     weights = torch.tensor([0.3, 0.2, 0.7, 0.0], device=tokens_BL.device) / tokens_BL.numel()
-    ours = thought_loss(ModelPolicy(model, parameters), Text(tokens_BL), config, weights, Stream(0, 0), chunk=5)
+    ours = thought_loss(
+        ModelPolicy(model, parameters), Text(tokens_BL), config, weights, Stream(0, 0), chunk=5, **options
+    )
     want = torch.autograd.grad(ours.total, trained, allow_unused=True)
     assert ours.thoughts is not None
     loop = AuthorsLoop(model, parameters, config, fixes)(tokens_BL, ours.thoughts.tokens_BAST)
@@ -240,11 +249,23 @@ def is_green(found: dict[str, float]) -> bool:
     return all(found[name] <= limit for name, limit in GATE_LIMITS.items()) and found["compared"] > 0
 
 
-def small_gate(device: torch.device) -> dict[str, float]:
+def captured_gate(device: torch.device) -> dict[str, float]:
+    """The small gate with everything captured, and with layers that run again: the worse of both."""
+    plain, again = (small_gate(device, **captures(), recompute=recompute) for recompute in (False, True))
+    return {name: max(plain[name], again[name]) for name in plain}
+
+
+def captures() -> dict[str, Any]:
+    """thought_loss's options for everything captured."""
+    graphs = RolloutGraphs()
+    return {"graphs": graphs, "passes": PassGraphs(graphs.pool), "prefixes": PrefixGraphs()}
+
+
+def small_gate(device: torch.device, **options: Any) -> dict[str, float]:
     """The gate on a small model in fp32, all parameters trained."""
     config = ThoughtConfig(tokens=3, lookahead=3, samples=2, ratio_cap=None, initial_weight=0.3)
     tokens_BL = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(1))
-    return gate(small_model().to(device), tokens_BL.to(device), config)
+    return gate(small_model().to(device), tokens_BL.to(device), config, **options)
 
 
 def main() -> None:

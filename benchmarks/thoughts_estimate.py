@@ -16,8 +16,8 @@ from random_models import smollm2
 from thoughts_authors_loop import small_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-KINDS = {"graphs": "exact", "int8": "int8", "int4": "int4"}
-"""Arms that are estimated, and how they keep thoughts: all of them with captured rollout steps."""
+KINDS = {"captured": "exact", "int8": "int8", "int4": "int4", "recomputed": "exact"}
+"""Arms that are estimated, and how they keep thoughts: all of them captured."""
 
 
 def shapes_of(options: argparse.Namespace) -> Any:
@@ -32,13 +32,15 @@ def shapes_of(options: argparse.Namespace) -> Any:
     return model.to(torch.bfloat16).eval()
 
 
-def recipe_of(options: argparse.Namespace, cell: tuple[int, int, int], kind: Any, rows: int, branch: int) -> Recipe:
+def recipe_of(options: argparse.Namespace, cell: tuple[int, int, int], arm: str, rows: int, branch: int) -> Recipe:
     """The `thoughts` stage that takes the benchmark's step; `branch` positions in one chunk, 0: all."""
     length, tokens, samples = cell
+    kind: Any = KINDS[arm]
     settings = ThoughtSettings(
         tokens=tokens, samples=samples, lookahead=options.ahead, rollout_cache=kind, capture="auto",
         trainable="full" if options.train == "full" else "embeddings",
     )  # fmt: skip
+    settings.train.activation_checkpointing = arm == "recomputed"
     if branch:
         settings.chunk = max(1, branch // (rows * samples * thought_plan(settings).stages[0].branch_length))
     return Recipe(data=DataSettings(sequence_length=length), thoughts=settings)
@@ -46,7 +48,7 @@ def recipe_of(options: argparse.Namespace, cell: tuple[int, int, int], kind: Any
 
 def estimated(options: argparse.Namespace, model: Any, cell: Any, arm: str, rows: int, branch: int) -> dict[str, Any]:
     """`peak_bytes` beyond weights as the benchmark measures them: with what captured steps keep, and with gradients."""
-    recipe = recipe_of(options, cell, KINDS[arm], rows, branch)
+    recipe = recipe_of(options, cell, arm, rows, branch)
     began = time.perf_counter()
     found = thought_bytes(recipe, model, thought_plan(recipe.thoughts), rows, experts=0)
     trained = sum(p.numel() * p.element_size() for p in model.parameters()) if options.train == "full" else 0

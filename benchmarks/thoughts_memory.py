@@ -1,8 +1,8 @@
 """Memory and text tokens per second of a training step of thoughts, each fix switched on in turn, from the authors' loop to ours.
 
     python benchmarks/thoughts_memory.py --out results/thoughts_memory.json               # SmolLM2-135M's shape
-    python benchmarks/thoughts_memory.py --cells 512:9:2 1024:13:4 --rows 1 4 16 --arms loop graphs
-    python benchmarks/thoughts_memory.py --model FOLDER --text FILE --arms graphs int8 int4   # real weights: the KL counts
+    python benchmarks/thoughts_memory.py --cells 512:9:2 1024:13:4 --rows 1 4 16 --arms loop captured --branch-tokens 2048 32768
+    python benchmarks/thoughts_memory.py --model FOLDER --text FILE --arms captured int8 int4   # real weights: the KL counts
     python benchmarks/thoughts_memory.py --tiny                                           # small, also on a CPU
     python benchmarks/thoughts_memory.py --estimate 0 8192 --rows 1 --cells 512:4:2       # a GPU's memory, told without one
 
@@ -12,18 +12,23 @@ A cell is L:T:S. Arms, each with everything before it:
     one_head       logits only where they are read                  fused     no logits retained
     phases_dense   sampling without gradients, then one teacher-forced pass, under the dense diagonal mask
     prefix_once    kernels/thought_attention: prefix stored once, no mask
-    chunks         the gradient pass in chunks of anchors           graphs    rollout steps captured in a CUDA graph
+    chunks         the gradient pass in chunks of --branch-tokens (each of them in turn; 0: all at once)
+    graphs         rollout steps captured in a CUDA graph
+    captured       the gradient pass and the prefix captured, too
     int8, int4     thought keys and values in 8 or 4 bits while sampling
+    recomputed     as captured (16 bits), the branches' layers run again in the backward pass
 
 Every arm runs with each number of rows until it no longer fits; the table names the best rate and the memory at one row.
 One step is forward, backward, no optimiser; `--train head` freezes the model. Memory is the peak beyond weights, and in
 all. Nothing is timed before loop and thoughts/ agree on losses and gradients. Random weights unless --model is given.
---estimate takes no step: it traces those of graphs, int8 and int4 (thoughts_estimate.py), seconds a cell on a CPU.
+--estimate takes no step: it traces those of captured, int8, int4 and recomputed (thoughts_estimate.py), seconds a cell on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,7 +47,17 @@ from quietgoose.thoughts.rollout import RolloutGraphs
 from quietgoose.thoughts.storage import ThoughtStore
 from random_models import build, smollm2, weight_bytes
 from thought_attention_peers import DenseAttention
-from thoughts_authors_loop import AuthorsLoop, Fixes, Text, is_green, parameters_of, small_gate, small_model
+from thoughts_authors_loop import (
+    AuthorsLoop,
+    Fixes,
+    Text,
+    captured_gate,
+    captures,
+    is_green,
+    parameters_of,
+    small_gate,
+    small_model,
+)
 from thoughts_estimate import estimate_all, estimate_table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,8 +68,10 @@ LOOP_ARMS = {
     "one_head": Fixes(lookup=True, one_head=True),
     "fused": Fixes(lookup=True, one_head=True, fused_loss=True),
 }
-ARMS = (*LOOP_ARMS, "phases_dense", "prefix_once", "chunks", "graphs", "int8", "int4")
-GRAPH_ARMS = ("graphs", "int8", "int4")
+WHOLE_ARMS = (*LOOP_ARMS, "phases_dense", "prefix_once")
+ARMS = (*WHOLE_ARMS, "chunks", "graphs", "captured", "int8", "int4", "recomputed")
+CAPTURED_ARMS = ("captured", "int8", "int4", "recomputed")
+GRAPH_ARMS = ("graphs", *CAPTURED_ARMS)
 CELLS = ["512:9:2", "512:13:4", "1024:13:4", "2048:13:4"]
 TINY_CELLS = ["12:2:2", "16:3:2"]
 
@@ -93,7 +110,7 @@ class Bench:
     def trained(self) -> list[Tensor]:
         return [p for p in (*self.parameters.parameters(), *self.model.parameters()) if p.requires_grad]
 
-    def step(self, arm: str, cell: tuple[int, int, int], rows: int) -> Callable[[], Tensor | None]:
+    def step(self, arm: str, cell: tuple[int, int, int], rows: int, branch: int) -> Callable[[], Tensor | None]:
         """Forward and backward of one micro-batch; returns the statistics of thoughts/ where there are any."""
         length, thought, samples = cell
         config = ThoughtConfig(tokens=thought, samples=samples, ratio_cap=None, lookahead=self.options.ahead)
@@ -115,14 +132,15 @@ class Bench:
             return run_loop
         if arm in ("int8", "int4"):
             config = replace(config, rollout_cache=arm)
-        graphs = RolloutGraphs() if arm in GRAPH_ARMS else None
-        chunk = None
-        if arm not in ("phases_dense", "prefix_once"):
-            chunk = max(1, self.options.branch_tokens // (rows * samples * config.branch_length))
+        options: dict[str, Any] = {"recompute": arm == "recomputed"}
+        if arm in GRAPH_ARMS:
+            options |= captures() if arm in CAPTURED_ARMS else {"graphs": RolloutGraphs()}
+        if branch:
+            options["chunk"] = max(1, branch // (rows * samples * config.branch_length))
         policy = ModelPolicy(self.model, self.parameters)
 
         def run_ours() -> Tensor:
-            loss = thought_loss(policy, text, config, weights, Stream(0, 0), chunk=chunk, graphs=graphs)
+            loss = thought_loss(policy, text, config, weights, Stream(0, 0), **options)
             backward(loss.total)
             return loss.stats
 
@@ -150,13 +168,13 @@ def attention_of(arm: str) -> Iterator[None]:
         thoughts_attention.thought_attention = own
 
 
-def measure(bench: Bench, arm: str, cell: tuple[int, int, int], rows: int) -> dict[str, Any]:
+def measure(bench: Bench, arm: str, cell: tuple[int, int, int], rows: int, branch: int) -> dict[str, Any]:
     """Time and memory of one arm on one cell with so many rows."""
     device, options = bench.device, bench.options
     tidy(device)
     before = held(device)
     with attention_of(arm):
-        step = bench.step(arm, cell, rows)
+        step = bench.step(arm, cell, rows, branch)
         found: dict[str, Any] = {"first_ms": round(elapsed_ms(step, device), 1)}
         if found["first_ms"] > 1e3 * options.patience_seconds:
             return {**found, "not_available": f"the first step took {found['first_ms'] / 1e3:.0f} s"}
@@ -185,24 +203,37 @@ def cells_of(options: argparse.Namespace) -> list[str]:
 
 def collect(bench: Bench, report: dict[str, Any]) -> None:
     """All arms on all cells; an arm that runs out of memory starts no larger number of rows."""
-    options = bench.options
+    options, began = bench.options, time.perf_counter()
     for text in cells_of(options):
-        cell: Any = tuple(int(x) for x in text.split(":"))
         for arm in options.arms:
-            for rows in options.rows:
-                found = attempt(lambda: measure(bench, arm, cell, rows), bench.device)
-                if arm not in LOOP_ARMS:
-                    found["thought_kv_bytes"] = bench.store_bytes(arm, cell, rows)
-                report["results"].append({"cell": text, "arm": arm, "rows": rows, **found})
-                write(report, options.out)
-                reason = why_not(found)
-                say(
-                    f"{text} {arm} x{rows}",
-                    reason or f"{found['tokens_per_second']} tokens/s, {mib(found['peak_bytes'])} MiB",
-                )
-                tidy(bench.device)
-                if reason is not None:
-                    break
+            for branch in (0,) if arm in WHOLE_ARMS else options.branch_tokens:
+                for rows in options.rows:
+                    if time.perf_counter() - began > options.budget_seconds:
+                        say("the budget is spent; what is missing was not measured")
+                        return
+                    if not one(bench, report, (text, arm, branch, rows)):
+                        break
+
+
+def one(bench: Bench, report: dict[str, Any], where: tuple[str, str, int, int]) -> bool:
+    """Measure and write one cell, arm, chunk and number of rows; whether it could be."""
+    text, arm, branch, rows = where
+    cell: Any = tuple(int(x) for x in text.split(":"))
+    found = attempt(lambda: measure(bench, arm, cell, rows, branch), bench.device)
+    if arm not in LOOP_ARMS:
+        found["thought_kv_bytes"] = bench.store_bytes(arm, cell, rows)
+    report["results"].append({"cell": text, "arm": arm, "branch_tokens": branch, "rows": rows, **found})
+    write(report, bench.options.out)
+    reason = why_not(found)
+    told = reason or f"{found['tokens_per_second']} tokens/s, {mib(found['peak_bytes'])} MiB"
+    say(f"{text} {label(report['results'][-1])} x{rows}", told)
+    tidy(bench.device)
+    return reason is None
+
+
+def label(row: dict[str, Any]) -> str:
+    """The arm, and its chunk where it has one."""
+    return f"{row['arm']} {row['branch_tokens']:,}" if row["branch_tokens"] else str(row["arm"])
 
 
 def table(report: dict[str, Any]) -> str:
@@ -216,10 +247,10 @@ def table(report: dict[str, Any]) -> str:
         ]
         rows = [r for r in report["results"] if r["cell"] == cell]
         base: dict[str, float | None] = {"peak": None, "rate": None}
-        for arm in dict.fromkeys(r["arm"] for r in rows):
-            good = [r for r in rows if r["arm"] == arm and why_not(r) is None]
+        for arm in dict.fromkeys(label(r) for r in rows):
+            good = [r for r in rows if label(r) == arm and why_not(r) is None]
             if not good:
-                lines.append(f"|{arm}|{why_not(next(r for r in rows if r['arm'] == arm))}|" + "|" * 8)
+                lines.append(f"|{arm}|{why_not(next(r for r in rows if label(r) == arm))}|" + "|" * 8)
                 continue
             first, best = good[0], max(good, key=lambda r: r["tokens_per_second"])
             if arm == "loop":
@@ -241,7 +272,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--rows", nargs="+", type=int, default=None, help="rows of a micro-batch, ascending")
     parser.add_argument("--ahead", type=int, default=4, help="J, true tokens scored after a thought")
-    parser.add_argument("--branch-tokens", type=int, default=32768, help="branch positions of a chunk, over all rows")
+    parser.add_argument(
+        "--branch-tokens", nargs="+", type=int, default=[32768],
+        help="branch positions of a chunk, over all rows; 0: all at once",
+    )  # fmt: skip
+    parser.add_argument("--budget-seconds", type=float, default=1e9, help="nothing is started after so long")
     parser.add_argument(
         "--estimate", nargs="+", type=int, metavar="BRANCH_TOKENS",
         help="only estimate memory, in chunks of so many branch positions each; 0: all at once",
@@ -262,6 +297,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     device = torch.device(options.device)
+    warnings.filterwarnings("error", message="QG-THT-007")  # an arm that went on uncaptured is not that arm
     report: dict[str, Any] = {
         **about(device), "model": options.model or ("tiny" if options.tiny else "SmolLM2-135M's shape, random weights"),
         "train": options.train, "ahead": options.ahead,
@@ -276,6 +312,12 @@ def main() -> None:
     write(report, options.out)
     if not is_green(report["gate"]):
         raise SystemExit("loop and thoughts/ differ: nothing is timed")
+    if set(options.arms) & set(CAPTURED_ARMS):
+        report["captured_gate"] = attempt(lambda: captured_gate(device), device)
+        say("captured:", report["captured_gate"])
+        if why_not(report["captured_gate"]) or not is_green(report["captured_gate"]):
+            say("what is captured differs from the loop: none of it is timed")
+            options.arms = [arm for arm in options.arms if arm not in CAPTURED_ARMS]
     bench = Bench(options)
     report["weight_bytes"] = weight_bytes(bench.model)
     collect(bench, report)

@@ -72,6 +72,12 @@ def anchors_in_row(config: ThoughtConfig, length: int) -> int:
     return max(1, count if config.limit is None else min(count, config.limit))
 
 
+def chunk_size(count: int, most: int | None) -> int:
+    """Anchors of a row in one piece of a pass over `count` of them: at most `most` (None: all), and pieces of one size as far as
+    can be."""
+    return -(-count // -(-count // min(count, most or count)))
+
+
 def scored(rows: Rows, lookahead: int) -> tuple[Tensor, Tensor]:
     """(labels int64 [B, L, J], valid bool [B, L, J]): what is predicted at i .. i + J - 1, in the document of i.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import RecipeError
-from ..kernels.linear_loss import HEAD_EXTRAS, IGNORED, num_pieces, token_nll
+from ..kernels.linear_loss import HEAD_EXTRAS, IGNORED, token_nll
 from ..kernels.wide_head import WideHead
 from .anchors import at_anchors, scored
 from .attention import BranchState, thought_inputs
@@ -18,6 +18,9 @@ from .types import PAUSE, Anchors, Prefix, Rows, Thoughts
 
 START, END = PAUSE, -2
 """Ids of the two embeddings that are no vocabulary rows."""
+
+LOGITS_AT_ONCE = 2**25
+"""Elements of one piece of a branch pass's logits, 128 MB in fp32; some three copies live at a time."""
 
 
 def language_head(model: Any) -> WideHead:
@@ -96,7 +99,10 @@ class Lookahead:
         """- log p_mixed of every scored token, fp32 [B, A, S, J]; 0 where not valid."""
         shape = self.mixed_BASJD.shape[:-1]
         labels_BASJ = self.labels_BAJ.unsqueeze(2).expand(shape)
-        nll, _ = token_nll(head, self.mixed_BASJD.flatten(0, 3), labels_BASJ.flatten(), recompute=recompute)
+        nll, _ = token_nll(
+            head, self.mixed_BASJD.flatten(0, 3), labels_BASJ.flatten(), recompute=recompute,
+            pieces=head_pieces(labels_BASJ.numel(), head),
+        )  # fmt: skip
         return nll.view(shape).masked_fill(~self.valid_BAJ.unsqueeze(2), 0.0)
 
 
@@ -127,10 +133,15 @@ def base_losses(model: Any, hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tens
     index_N = (labels_BL.flatten() != IGNORED).nonzero().squeeze(1)
     nll_N, entropy_N = token_nll(
         head, hidden_BLD.flatten(0, 1).index_select(0, index_N), labels_BL.flatten().index_select(0, index_N),
-        recompute=trains(head), pieces=num_pieces(labels_BL.numel(), head),
+        recompute=trains(head), pieces=head_pieces(labels_BL.numel(), head),
     )  # fmt: skip
     empty = nll_N.new_zeros(labels_BL.numel())
     return tuple(empty.index_copy(0, index_N, x).view_as(labels_BL) for x in (nll_N, entropy_N))  # type: ignore[return-value]
+
+
+def head_pieces(tokens: int, head: Any) -> int:
+    """Into how many pieces so many tokens of branches are cut for the head: a function of shapes alone, at least 1."""
+    return max(1, -(-tokens * getattr(head, "out_features", 1) // LOGITS_AT_ONCE))
 
 
 def trains(head: Any) -> bool:

@@ -19,6 +19,7 @@ from .attention import BranchState
 from .branch import START, first_position, look_ahead, run_branches
 from .config import ThoughtConfig
 from .policy import Policy, PolicyTensors
+from .recompute import layers_of, recomputed
 from .storage import ThoughtStore
 from .types import Prefix, Rows, Thoughts
 
@@ -36,7 +37,8 @@ def flip_sums(
     steps = thoughts.tokens_BAST.shape[-1]
     with torch.no_grad(), choices() as sampled:
         _replay(policy, tensors, prefix, rows, thoughts, config)
-    with torch.enable_grad(), choices() as trained, policy.bind(tensors):
+    forget = bool(layers_of(policy.model))  # nothing goes backward
+    with torch.enable_grad(), choices() as trained, policy.bind(tensors), recomputed(policy.model, forget):
         look_ahead(policy.model, tensors.thought, prefix, rows, thoughts, config.lookahead)
     valid_X = thoughts.anchors.valid_BA[:, :, None].expand(thoughts.tokens_BAST.shape[:3]).flatten()
     flips, routed = torch.zeros_like(valid_X, dtype=torch.int64), torch.zeros_like(valid_X, dtype=torch.int64)

@@ -21,17 +21,18 @@ from torch.autograd.function import once_differentiable
 
 from ..base.errors import QuietGooseError
 from ..base.seeding import generator
-from ..kernels.linear_loss import token_divergence, token_nll
-from . import objective, stats
-from .anchors import choose_anchors
-from .branch import Lookahead, base_losses, language_head, look_ahead, lookahead_of, trains
+from . import stats
+from .anchors import choose_anchors, chunk_size
+from .branch import base_losses, language_head
+from .captured_pass import Found, Micro, PassGraphs, accumulate, total_dtype
+from .captured_prefix import PrefixGraphs
 from .config import ThoughtConfig
 from .flips import Choices, flip_sums
-from .parameters import ThoughtTensors
 from .policy import Policy, PolicyTensors
 from .prefix import run_prefix
 from .rollout import RolloutGraphs, banned_tokens, rollout
 from .scoring import gap_sums, score_thoughts, shuffled
+from .terms import ChunkTerms
 from .types import TERMS, Prefix, Rows, ThoughtLoss, Thoughts
 
 
@@ -62,6 +63,9 @@ def thought_loss(
     rollout_chunk: int | None = None,
     baseline_BL: Tensor | None = None,
     graphs: RolloutGraphs | None = None,
+    passes: PassGraphs | None = None,
+    prefixes: PrefixGraphs | None = None,
+    recompute: bool = False,
     measure_gap: bool = False,
     choices: Choices | None = None,
     thoughts: Thoughts | None = None,
@@ -74,6 +78,10 @@ def thought_loss(
     baseline_BL    fp32 [B, L], -log p of each label by another model (rlp: an EMA that does not think); rewards are
                    measured against it instead of against this model without a thought
     graphs         captured rollout steps, kept by the caller; None: uncaptured
+    passes, prefixes  captured chunks of phase 2 and captured prefix passes, kept by the caller: a loss goes backward before the
+                   next one is made. None: uncaptured
+    recompute      the branches' layers keep their input alone and run again in the backward pass: a quarter of phase 2's memory
+                   a branch position, a third more of its time
     measure_gap    also score every anchor's first thought at an anchor of another document (own minus shuffled): two branch
                    passes more; nothing comes of it where the rows are one document
 
@@ -90,7 +98,9 @@ def thought_loss(
     _check_dtype(policy.model)
     coefficients = config.coefficients()
     with policy.bind(tensors):
-        prefix = run_prefix(policy.model, rows)
+        prefix = None if prefixes is None else prefixes.run(policy, tensors, rows)
+        if prefix is None:
+            prefix = run_prefix(policy.model, rows)
         with torch.set_grad_enabled(torch.is_grad_enabled() and coefficients[0] != 0):
             base_BL, entropy_BL = base_losses(policy.model, prefix.hidden_BLD, rows.labels_BT)
     base = base_BL.sum()
@@ -106,9 +116,11 @@ def thought_loss(
             policy, tensors, prefix, rows, anchors, config, stream.generator(), at_once=rollout_chunk, graphs=graphs
         )
     reference_BL = base_BL.detach() if baseline_BL is None else baseline_BL
+    banned = banned_tokens(config, language_head(policy.model), reference_BL.device)
     work = _PhaseTwo(
-        policy, tensors, prefix, rows, thoughts, config, weights_M, reference_BL, chunk or thoughts.anchors.count
-    )
+        ChunkTerms(policy, config, banned, recompute), tensors, prefix, rows, thoughts, weights_M, reference_BL,
+        chunk_size(thoughts.anchors.count, chunk), passes,
+    )  # fmt: skip
     value = _TakenAtOnce.apply(work, *tensors.flat(), *prefix.flat())
     if measure_gap:
         first = thoughts.first_sample()
@@ -124,118 +136,82 @@ def thought_loss(
 
 
 class _PhaseTwo:
-    """The gradient pass of one micro-batch: `terms` of every chunk of anchors, differentiated as they come.
+    """The gradient pass of one micro-batch: the terms of every chunk of anchors, differentiated as they come.
 
     sums   [3], of the terms mixed, policy, distil      stats  see stats.py; both complete after the call
     """
 
     def __init__(
         self,
-        policy: Policy,
+        terms: ChunkTerms,
         tensors: PolicyTensors,
         prefix: Prefix,
         rows: Rows,
         thoughts: Thoughts,
-        config: ThoughtConfig,
         weights_M: Tensor,
         reference_BL: Tensor,
         chunk: int,
+        passes: PassGraphs | None,
     ) -> None:
-        self.policy, self.rows, self.thoughts, self.config = policy, rows, thoughts, config
+        self.terms, self.rows, self.thoughts, self.passes = terms, rows, thoughts, passes
         self.tensors, self.prefix = tensors, prefix
         self.weights_M, self.reference_BL, self.chunk = weights_M.detach(), reference_BL, chunk
         self.differentiates = torch.is_grad_enabled()
         self.sums = reference_BL.new_zeros(len(TERMS) - 1)
         self.stats = stats.empty(reference_BL.device)
-        self.banned = banned_tokens(config, language_head(policy.model), reference_BL.device)
 
     def __call__(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        """(value, gradient of every wanted input). `inputs` are tensors.flat() and prefix.flat()."""
+        """(value, total gradient of every wanted input). `inputs` are tensors.flat() and prefix.flat()."""
         wanted = [want and self.differentiates for want in wanted]  # autograd asks whatever the mode outside
+        found = (self._captured(inputs, wanted) if any(wanted) else None) or self._eager(inputs, wanted)
+        self.sums, self.stats = self.sums + found.terms_M, self.stats + found.stats
+        totals = iter(found.totals)
+        return found.value, [next(totals) if want else None for want in wanted]
+
+    def _captured(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Found | None:
+        if self.passes is None:
+            return None
+        own = len(self.tensors.flat())
+        micro = Micro(
+            self.tensors.with_flat(inputs[:own]), self.prefix.with_flat(inputs[own:]), self.rows, self.thoughts,
+            self.reference_BL, self.weights_M, tuple(wanted), self.chunk,
+        )  # fmt: skip
+        return self.passes.run(self.terms, micro)
+
+    def _eager(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Found:
         leaves = [_leaf(x) if want else x.detach() for x, want in zip(inputs, wanted)]
         targets = [leaf for leaf, want in zip(leaves, wanted) if want]
-        own = len(self.tensors.flat())
+        own, count = len(self.tensors.flat()), self.thoughts.anchors.count
         tensors, prefix = self.tensors.with_flat(leaves[:own]), self.prefix.with_flat(leaves[own:])
-        totals = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in targets]
-        value = self.sums.new_zeros(())
-        for first in range(0, self.thoughts.anchors.count, self.chunk):
+        pieces = -(-count // self.chunk)
+        totals = [torch.zeros_like(t, dtype=total_dtype(t, pieces), requires_grad=False) for t in targets]
+        value, terms_M, sums = self.sums.new_zeros(()), torch.zeros_like(self.sums), torch.zeros_like(self.stats)
+        for first in range(0, count, self.chunk):
             part = self.thoughts.part(first, first + self.chunk)
-            with torch.set_grad_enabled(bool(targets)), self.policy.bind(tensors):
-                terms_M = self.terms(tensors.thought, prefix, part)
-                chunk_value = (self.weights_M[1:] * terms_M).sum()
-                if chunk_value.requires_grad:  # inside `bind`: what is recomputed on the way back runs the model again
-                    _accumulate(totals, torch.autograd.grad(chunk_value, targets, allow_unused=True))
-            value, self.sums = value + chunk_value.detach(), self.sums + terms_M.detach()
-        found = iter(total.to(target.dtype) for total, target in zip(totals, targets))
-        return value, [next(found) if want else None for want in wanted]
-
-    def terms(self, thought: ThoughtTensors, prefix: Prefix, thoughts: Thoughts) -> Tensor:
-        """Sums of the terms mixed, policy, distil over some anchors, fp32 [3]; adds to `stats`."""
-        config, model = self.config, self.policy.model
-        head = language_head(model)
-        _, mixed_weight, _, distil_weight = config.coefficients()
-        with _gradient_if(mixed_weight != 0 or config.has_policy):
-            ahead = look_ahead(model, thought, prefix, self.rows, thoughts, config.lookahead)
-        with _gradient_if(mixed_weight != 0):
-            mixed_BASJ = ahead.mixed_nll(head, trains(head))
-        reward_BAS = objective.rewards(
-            lookahead_of(self.reference_BL, thoughts.anchors, config.lookahead), mixed_BASJ.detach(), ahead.valid_BAJ
-        )
-        advantage_BAS = objective.advantages(reward_BAS, config.advantage)
-        found = stats.mixing_sums(ahead.weight_BASJ.detach(), reward_BAS, advantage_BAS, ahead.valid_BAJ)
-        policy = mixed_BASJ.new_zeros(())
-        if config.watches_policy:
-            policy, more = self._policy_term(head, ahead, thoughts, advantage_BAS)
-            found |= more
-        distil = _distillation(head, ahead, prefix, thoughts) if distil_weight else mixed_BASJ.new_zeros(())
-        self.stats += stats.collect(found, self.stats.device)
-        return torch.stack([mixed_BASJ.sum(), policy, distil])
-
-    def _policy_term(
-        self, head: Any, ahead: Lookahead, thoughts: Thoughts, advantage_BAS: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum over thought tokens of anchors that are scored, and what the dashboard shows of them."""
-        config, shape = self.config, thoughts.tokens_BAST.shape
-        hidden = ahead.branch_BASMD[..., : shape[-1], :].flatten(0, 3)
-        with _gradient_if(config.has_policy):
-            nll, entropy = token_nll(
-                head, hidden, thoughts.tokens_BAST.flatten(), temperature=config.policy_temperature, banned=self.banned,
-                recompute=trains(head), entropy_gradient=config.has_entropy_bonus,
-            )  # fmt: skip
-        logprob_BAST, old_BAST = -nll.view(shape), thoughts.logprob_BAST
-        loss_BAST = policy_loss(config, logprob_BAST, old_BAST, advantage_BAS)
-        if config.has_entropy_bonus:  # beta multiplies the whole term, and the bonus is no part of it
-            loss_BAST = loss_BAST - config.entropy_bonus / config.beta * entropy.view(shape)
-        valid_BA = ahead.valid_BAJ.any(-1)
-        comparable = config.temperature == config.policy_temperature
-        cap = config.ratio_cap if config.ratio_cap is not None else 1.0 + (config.clip or 1.0)
-        found = stats.policy_sums(logprob_BAST, old_BAST if comparable else None, entropy.view(shape), valid_BA, cap)
-        return loss_BAST.masked_fill(~valid_BA[:, :, None, None], 0.0).sum(), found
-
-
-def policy_loss(config: ThoughtConfig, logprob_BAST: Tensor, old_BAST: Tensor, advantage_BAS: Tensor) -> Tensor:
-    """The policy term of every thought token, as `config` has it (objective.py)."""
-    if config.clip is not None:
-        return objective.clipped(logprob_BAST, old_BAST, advantage_BAS, config.clip)
-    weight = None
-    if config.ratio_cap is not None:
-        weight = objective.truncated_weights(logprob_BAST, old_BAST, config.ratio_cap)
-    return objective.reinforce(logprob_BAST, advantage_BAS, weight)
+            found = self.terms.differentiated(
+                tensors, prefix, self.rows, part, self.reference_BL, self.weights_M, targets
+            )
+            accumulate(totals, found.gradients)
+            value, terms_M, sums = value + found.value, terms_M + found.terms_M, sums + found.stats
+        return Found(value, terms_M, sums, totals)
 
 
 class _TakenAtOnce(torch.autograd.Function):
-    """The value of phase 2, with its gradients made in the forward pass and only scaled in the backward pass."""
+    """The value of phase 2, with its gradients made in the forward pass and only scaled in the backward pass. Autograd refuses
+    them where a later captured pass has overwritten them."""
 
     @staticmethod
     def forward(ctx: Any, work: _PhaseTwo, *inputs: Tensor) -> Tensor:  # type: ignore[override]
         value, gradients = work(inputs, ctx.needs_input_grad[1:])
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = [x.dtype for x in inputs]
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (None, *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors))
+        scaled = (None if g is None else (g * scale.to(g.dtype)).to(to) for g, to in zip(ctx.saved_tensors, ctx.dtypes))
+        return (None, *scaled)
 
 
 def _check_checkpointing(model: Any, tensors: PolicyTensors) -> None:
@@ -262,22 +238,3 @@ def _check_dtype(model: Any) -> None:
 def _leaf(tensor: Tensor) -> Tensor:
     """A parameter as it stands; anything else cut from its graph, as a leaf of its own."""
     return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
-
-
-def _accumulate(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    for total, gradient in zip(totals, gradients):
-        if gradient is not None:
-            total += gradient
-
-
-def _gradient_if(wanted: bool) -> torch.set_grad_enabled:
-    """A gradient inside only if `wanted` and there is one outside."""
-    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
-
-
-def _distillation(head: Any, ahead: Lookahead, prefix: Prefix, thoughts: Thoughts) -> Tensor:
-    """Sum over scored tokens of KL(p_mixed || p_base), the mixed distribution detached."""
-    shape = ahead.mixed_BASJD.shape
-    student = lookahead_of(prefix.hidden_BLD, thoughts.anchors, shape[3]).unsqueeze(2).expand(shape).flatten(0, 3)
-    divergence = token_divergence(head, ahead.mixed_BASJD.flatten(0, 3), student, recompute=trains(head))
-    return divergence.view(shape[:-1]).masked_fill(~ahead.valid_BAJ.unsqueeze(2), 0.0).sum()

@@ -21,15 +21,25 @@ def run_prefix(model: Any, rows: Rows) -> Prefix:
     One synchronisation with the host: whether a mask is needed at all. QuietGooseError THT-002 for a model that drops out:
     rollout and gradient pass would be two policies.
     """
-    if model.training:
-        _refuse_dropout(model)
-    switch(model)
-    state = PrefixState(document_mask(rows.segment_BT))
+    check_prefix(model)
+    return masked_prefix(model, rows, document_mask(rows.segment_BT))
+
+
+def masked_prefix(model: Any, rows: Rows, mask_B1LL: Tensor | None) -> Prefix:
+    """The same with a mask at hand (document_mask), of a model that passed `check_prefix`. Waits for nothing."""
+    state = PrefixState(mask_B1LL)
     out = model.base_model(
         input_ids=rows.tokens_BT, position_ids=rows.position_BT, **thought_inputs(state, rows.tokens_BT.device)
     )
     keys, values = state.close()
-    return Prefix(out.last_hidden_state, keys, values, one_document=state.mask_B1LL is None)
+    return Prefix(out.last_hidden_state, keys, values, one_document=mask_B1LL is None)
+
+
+def check_prefix(model: Any) -> None:
+    """Let thoughts' attention in, and dropout not: QuietGooseError THT-002."""
+    if model.training:
+        _refuse_dropout(model)
+    switch(model)
 
 
 def _refuse_dropout(model: Any) -> None:

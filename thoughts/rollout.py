@@ -19,10 +19,11 @@ from torch.nn import functional
 from ..base.devices import addresses
 from ..base.errors import QuietGooseError, RecipeError
 from ..base.randomness import draw_seed, uniform
-from ..kernels.linear_loss import num_pieces, scores
+from ..kernels.linear_loss import scores
 from .attention import BranchState, switch
-from .branch import first_position, language_head, run_branches
+from .branch import first_position, head_pieces, language_head, run_branches
 from .config import ThoughtConfig
+from .graphs import GraphPool, Kept, own_stream
 from .policy import Policy, PolicyTensors
 from .storage import ThoughtStore
 from .types import PAUSE, Anchors, Prefix, Rows, Thoughts
@@ -40,21 +41,14 @@ class RolloutGraphs:
     Not for ZeRO-3 (parameters come and go) nor for a model that waits for the device in its forward (THT-005).
     """
 
-    def __init__(self) -> None:
-        self._steppers: dict[Hashable, tuple[_Stepper, int]] = {}
-        self._rollouts = 0
+    def __init__(self, pool: GraphPool | None = None) -> None:
+        """`pool`: what else is captured and never runs at the same time may work in it, too."""
+        self.pool = GraphPool() if pool is None else pool
+        self._steppers: Kept[_Stepper] = Kept(KEPT_GRAPHS, KEPT_ROLLOUTS)
 
     def get(self, key: Hashable, make: Callable[[], _Stepper]) -> _Stepper:
         """The captured step of this shape. The shapes used longest ago make room before a new one takes any."""
-        self._rollouts += 1
-        found = self._steppers.pop(key, None)
-        oldest_first = [(other, used) for other, (_, used) in self._steppers.items()]
-        for place, (other, used) in enumerate(oldest_first):
-            if self._rollouts - used > KEPT_ROLLOUTS or len(oldest_first) - place >= KEPT_GRAPHS:
-                del self._steppers[other]
-        stepper = make() if found is None else found[0]
-        self._steppers[key] = (stepper, self._rollouts)
-        return stepper
+        return self._steppers.get(key, make)
 
 
 @torch.no_grad()
@@ -106,7 +100,7 @@ def draw(
     Drawn by the inverse of the cumulative distribution: one uniform number a token. Probabilities are resolved to
     about 1e-7. No synchronisation with the host.
     """
-    pieces = num_pieces(hidden_TD.shape[0], head)
+    pieces = head_pieces(hidden_TD.shape[0], head)
     found = []
     for hidden, u in zip(hidden_TD.tensor_split(pieces), uniform_T.tensor_split(pieces)):
         logprob_TV = scores(head(hidden), temperature, banned).log_softmax(-1)
@@ -138,9 +132,11 @@ class _Stepper:
         config: ThoughtConfig,
         greedy: bool,
         capture: bool,
+        pool: GraphPool | None = None,
     ) -> None:
         """`anchors` gives shapes and the promise `consecutive_from`; their numbers come with `run`."""
         self.policy, self.config, self.greedy, self.capture = policy, config, greedy, capture
+        self.pool = GraphPool() if pool is None else pool
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0
         self.places: tuple[int, ...] = ()
@@ -211,11 +207,7 @@ class _Stepper:
     def _captured(self) -> torch.cuda.CUDAGraph:
         """One step as a graph; capturing runs nothing."""
         try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(self.step.device):
-                torch.cuda.synchronize()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self._one_step()
+            return self.pool.capture(self._one_step, own_stream(self.step.device))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -225,7 +217,6 @@ class _Stepper:
                 "a call",
                 code="THT-005",
             ) from error
-        return graph
 
     def _one_step(self) -> None:
         """What is captured: the last token enters the branch, the next one is drawn."""
@@ -266,7 +257,7 @@ def _stepper(
         return _Stepper(policy, prefix, like, config, greedy, capture=False)
     return graphs.get(
         graph_key(tensors, prefix, like, config, greedy),
-        lambda: _Stepper(policy, prefix, like, config, greedy, capture=True),
+        lambda: _Stepper(policy, prefix, like, config, greedy, capture=True, pool=graphs.pool),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.linear_loss import token_nll
 from . import stats
-from .branch import language_head, look_ahead
+from .branch import head_pieces, language_head, look_ahead
 from .config import ThoughtConfig
 from .policy import Policy, PolicyTensors
 from .types import Anchors, Prefix, Rows, Thoughts
@@ -115,6 +115,8 @@ def _score(
     with policy.bind(tensors):
         ahead = look_ahead(policy.model, tensors.thought, prefix.detach(), rows, thoughts, config.lookahead)
     mixed_BASJ = ahead.mixed_nll(head, recompute=False)
-    base, _ = token_nll(head, ahead.base_BAJD.flatten(0, 2), ahead.labels_BAJ.flatten(), recompute=False)
+    labels = ahead.labels_BAJ.flatten()
+    pieces = head_pieces(len(labels), head)
+    base, _ = token_nll(head, ahead.base_BAJD.flatten(0, 2), labels, recompute=False, pieces=pieces)
     base_BAJ = base.view(ahead.labels_BAJ.shape).masked_fill(~ahead.valid_BAJ, 0.0)
     return Scores(base_BAJ, mixed_BASJ, ahead.weight_BASJ, ahead.labels_BAJ, ahead.valid_BAJ)

@@ -168,9 +168,13 @@ def _thoughts_by_formula(recipe: Recipe, config: Any, stages: Sequence[ThoughtCo
     share = {"exact": 1.0, "int8": 1 / bytes_each, "int4": 0.5 / bytes_each}[recipe.thoughts.rollout_cache]
     stored = int(rows * max(rolled_out(recipe, one) * one.samples * one.tokens for one in stages) * entry * share)
     chunk = max(chunk_of(recipe, one) * one.samples * one.branch_length for one in stages)
-    active = activation_bytes(rows * (length + chunk), layers, width, bytes_each, False)
+    recomputed = recipe.thoughts.train.activation_checkpointing
+    active = sum(
+        activation_bytes(rows * count, layers, width, bytes_each, again)
+        for count, again in ((length, False), (chunk, recomputed))
+    )
     captured = recipe.thoughts.capture == "auto"
-    return ThoughtBytes(stored, stored if captured else 0, stored + active, 0)
+    return ThoughtBytes(stored, stored, stored, active) if captured else ThoughtBytes(stored, 0, stored + active, 0)
 
 
 def _stage_plan(
@@ -316,7 +320,7 @@ def _thought_facts(table: Any, plan: Plan, recipe: Recipe) -> None:
         of = step.memory
         graph = f", {size(of.pool)} reserved for captured steps" if of.pool else ""
         kept = f"{size(of.stored)} of it keys and values of thoughts{graph}"
-        table.add_row("memory of it", f"{size(of.peak)} a process, beside weights and optimizer; {kept}")
+        table.add_row("memory of it", f"{size(of.whole)} a process, beside weights and optimizer; {kept}")
         if step.untraced:
             table.add_row("", f"by a formula, which can be half of it: no step without numbers ({step.untraced})")
     if "evaluate" in recipe.stages:

@@ -117,8 +117,10 @@ class ThoughtSettings:
     curriculum_sizes         [tokens, lookahead] of one equal share of the steps each (preset curriculum)
     chunk        anchors of a row in one piece of the gradient pass; 0: all
     rollout_chunk   thoughts of a row (anchors x samples) sampled together; 0: all. Both bound memory and change nothing else
-    capture      auto (steps of the rollout become CUDA graphs on a GPU) | never (for a forward that waits for the device)
+    capture      auto (on a GPU the rollout's steps, the pass over the text and the gradient pass become CUDA graphs) | never (for a
+                 forward that waits for the device)
     lr_meta, lr_head         their learning rates; train.optimizer.lr is the adapter's (or the weights')
+    train.activation_checkpointing   layers of the gradient pass run again instead of keeping what they computed
     train.rows_per_expert    packed rows a step
     """
 

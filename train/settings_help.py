@@ -105,7 +105,7 @@ MEANING: Mapping[str, Mapping[str, str]] = {
         "ban_special": "never sample the tokenizer's special tokens",
         "chunk": "anchors at once in the gradient pass, bounds memory; 0: all",
         "rollout_chunk": "thoughts of a row sampled together, bounds memory; 0: all",
-        "capture": "replay the rollout as CUDA graphs where possible, or never", "loss_on": "the tokens that are learned",
+        "capture": "replay a step as CUDA graphs where possible, or never", "loss_on": "the tokens that are learned",
         "rank": "of the LoRA on top", "alpha": "of the LoRA on top", "targets": "linears of the LoRA on top",
         "lr_meta": "learning rate of START and END", "lr_head": "learning rate of the mixing head",
         "train": "training of the thoughts",

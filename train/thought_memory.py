@@ -1,11 +1,12 @@
 """What a step of the `thoughts` stage holds at its peak, found by taking that step with tensors that have shapes and no numbers.
 
-    held    what stays from step to step beside weights and optimizer: the rollout's static buffers (keys and values of the
-            thoughts; a captured step's copies of the prefix and of the LoRA)
-    peak    the most that lives at once: `held`, the prefix with its graph, and one chunk of branches with its graph, its
-            logits and its gradients
-    pool    what one captured step of the rollout works in. Its memory belongs to the CUDA graph and serves nothing else:
-            reserved beside `peak`, free inside (torch.cuda.max_memory_reserved knows it, max_memory_allocated does not)
+    held    what stays from step to step beside weights and optimizer, if steps are captured: keys and values of the thoughts while
+            they are sampled, and what graphs read and write (copies of the prefix and of the LoRA, totals of the gradient)
+    peak    the most that lives at once. Uncaptured: the prefix with its graph, and one chunk of branches with its graph, its
+            logits and its gradients. Captured: `held` and what is done between the graphs
+    pool    what captured graphs work in: the prefix's activations, and the hungrier one of a chunk and of a step of the rollout.
+            It serves nothing else: reserved beside `peak`, free inside (torch.cuda.max_memory_reserved knows it,
+            max_memory_allocated does not)
 
 The loss is the stage's own (thoughts/gradient.py), over the model as the stage finds it: experts, router and LoRA attached, in
 their dtypes. All rows hold several documents and a label everywhere, which is the most there can be. On torch's fake CPU tensors,
@@ -21,12 +22,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..routing.expert import Expert, ExpertCard, SiteAdapter
 from ..routing.library import ExpertLibrary
 from ..routing.sites import Site, find_sites
-from ..thoughts.anchors import anchors_in_row
+from ..thoughts.anchors import anchors_in_row, chunk_size
+from ..thoughts.branch import base_losses
+from ..thoughts.captured_pass import read_in_place, total_dtype
 from ..thoughts.config import Curriculum, ThoughtConfig
 from ..thoughts.gradient import Stream, thought_loss
 from ..thoughts.parameters import ThoughtParameters
@@ -64,14 +67,33 @@ class ThoughtBytes:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What grows by the layer: the store, a captured step's copies, the prefix's graph, the captured step's work space, and the
-    gradient pass with prefix and backward pass."""
+    """What grows by the layer, each in bytes.
+
+    stored, prefix, copied, trained   the store; the prefix's tensors; trained tensors that are copied, and all of them
+    totals    of the gradient pass                       graph  the prefix with its graph
+    sampling  what a step of the rollout works in        losses  what the losses without a thought work in
+    step      gradient pass with prefix and backward pass
+    """
 
     stored: int
-    copied: int
     prefix: int
-    pool: int
+    copied: int
+    trained: int
+    totals: int
+    graph: int
+    sampling: int
+    losses: int
     step: int
+
+    def uncaptured(self) -> ThoughtBytes:
+        return ThoughtBytes(self.stored, 0, max(self.step, self.graph + self.stored + self.sampling), 0)
+
+    def captured(self) -> ThoughtBytes:
+        # copies of rollout, chunk and prefix pass; the latter's gradients, those that come to it
+        held = self.stored + 3 * (self.prefix + self.copied) + self.totals + self.trained
+        chunk = max(0, self.step - self.graph - self.totals)
+        peak = held + max(self.losses, self.trained + self.prefix)
+        return ThoughtBytes(self.stored, held, peak, self.graph + max(chunk, self.sampling))
 
 
 def thought_bytes(recipe: Recipe, model: nn.Module, plan: Curriculum, rows: int, experts: int) -> ThoughtBytes:
@@ -88,16 +110,12 @@ def thought_bytes(recipe: Recipe, model: nn.Module, plan: Curriculum, rows: int,
         return dataclasses.astuple(_measure(job, recipe, config, rows, living))
 
     found = _Parts(*over_layers(model, measure))
-    captured = recipe.thoughts.capture == "auto"
-    held = found.stored + found.copied if captured else 0
-    peak = max(found.step + held, found.prefix + found.stored + found.copied + found.pool)
-    return ThoughtBytes(found.stored, held, peak, found.pool if captured else 0)
+    return found.captured() if recipe.thoughts.capture == "auto" else found.uncaptured()
 
 
 def chunk_of(recipe: Recipe, config: ThoughtConfig) -> int:
     """Anchors of a row in one piece of the gradient pass."""
-    count = anchors_in_row(config, recipe.data.sequence_length)
-    return min(count, recipe.thoughts.chunk or count)
+    return chunk_size(anchors_in_row(config, recipe.data.sequence_length), recipe.thoughts.chunk or None)
 
 
 def rolled_out(recipe: Recipe, config: ThoughtConfig) -> int:
@@ -133,32 +151,52 @@ def _measure(job: ThoughtJob, recipe: Recipe, config: ThoughtConfig, rows: int, 
     policy, batch = job.policy, shapes_of_batch(rows, recipe.data.sequence_length)
     policy.model.eval()
     drop_gradients(job)
-    sampled = _sampling(policy, batch, recipe, config, living)
-    part = _thoughts(config, rows, chunk_of(recipe, config))
+    found = _sampling(policy, batch, recipe, config, living)
+    size = chunk_of(recipe, config)
+    part = _thoughts(config, rows, size)
+    pieces = -(-anchors_in_row(config, recipe.data.sequence_length) // size)
 
     def step() -> None:
-        weights_M = torch.ones(len(TERMS))
-        thought_loss(policy, batch, config, weights_M, Stream(0, 0), thoughts=part).total.backward()
+        recompute = recipe.thoughts.train.activation_checkpointing
+        loss = thought_loss(
+            policy, batch, config, torch.ones(len(TERMS)), Stream(0, 0), thoughts=part, recompute=recompute
+        )
+        loss.total.backward()
 
-    return replace(sampled, step=living.most(step))
+    # the part that is traced is one piece, whose totals are no wider than what they sum
+    wanted = [t for t in policy.tensors().flat() if t.requires_grad]
+    dtype: torch.dtype = policy.model.dtype  # type: ignore[assignment]
+    wide = total_dtype(torch.empty(0, dtype=dtype), pieces)
+    totals = found.prefix * wide.itemsize // dtype.itemsize
+    totals += sum(t.numel() * total_dtype(t, pieces).itemsize for t in wanted)
+    wider = totals - _bytes(wanted) - found.prefix
+    return replace(found, totals=totals, trained=_bytes(wanted), step=living.most(step) + wider)
 
 
 def _sampling(policy: Policy, batch: Batch, recipe: Recipe, config: ThoughtConfig, living: Answered) -> _Parts:
-    """What one rollout holds, over a prefix with its graph."""
+    """What one rollout holds, over a prefix with its graph, and what the losses without a thought work in."""
     before, tensors = living.now, policy.tensors()
     with policy.bind(tensors):
         prefix = run_prefix(policy.model, batch)
     graph = living.now - before
+    losses = living.most(
+        lambda: base_losses(policy.model, prefix.hidden_BLD, batch.labels_BT)[0].sum().backward(retain_graph=True)
+    )
+    copied = _bytes([t for t in tensors.flat() if not read_in_place(t)])
+    found = _Parts(0, _bytes(prefix.flat()), copied, 0, 0, graph, 0, losses, 0)
     if config.control in NOT_SAMPLED:
-        return _Parts(0, 0, graph, 0, 0)
+        return found
     together = _thoughts(config, len(batch.tokens_BT), rolled_out(recipe, config))
     stored = ThoughtStore.over(prefix, config, together.anchors.count).nbytes()
     once = replace(config, tokens=1)
-    pool = (
+    sampling = (
         living.most(lambda: rollout(policy, tensors, prefix, batch, together.anchors, once)) - stored // config.tokens
     )
-    copied = sum(t.numel() * t.element_size() for t in (*prefix.flat(), *tensors.flat()))
-    return _Parts(stored, copied if recipe.thoughts.capture == "auto" else 0, graph, pool, 0)
+    return replace(found, stored=stored, sampling=sampling)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _thoughts(config: ThoughtConfig, rows: int, count: int) -> Thoughts:

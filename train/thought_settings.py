@@ -160,11 +160,6 @@ def check_thoughts(recipe: Recipe, context: int | None, experts: list[str]) -> I
         )
     if not settings.targets and settings.trainable == "lora":
         yield "CFG-003", "thoughts.targets: is empty; name linears (for example q_proj) or all-linear"
-    if settings.train.activation_checkpointing:
-        yield (
-            "CFG-008",
-            "thoughts.train.activation_checkpointing: has no effect here; thoughts.chunk bounds the memory of the gradient pass",
-        )
     if settings.over == ROUTED and recipe.router.name not in ROUTERS:
         yield (
             "CFG-110",

@@ -1,8 +1,11 @@
-"""On a GPU: the captured rollout is the uncaptured one, and the loss is that of the CPU. `pytest -m gpu tests/thoughts`."""
+"""On a GPU: what is captured is what runs uncaptured, and the loss is that of the CPU. `pytest -m gpu tests/thoughts`."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from quietgoose.kernels.testing import assert_close
 from quietgoose.routing.on_top import TopLora
 from quietgoose.routing.sites import AdapterLayout, all_sites
 from quietgoose.thoughts.anchors import choose_anchors, term_counts
+from quietgoose.thoughts.captured_pass import PassGraphs
+from quietgoose.thoughts.captured_prefix import PrefixGraphs
 from quietgoose.thoughts.config import ThoughtConfig, preset
 from quietgoose.thoughts.generation import ThoughtState, attach_thoughts
 from quietgoose.thoughts.gradient import Stream, thought_loss
@@ -18,7 +23,8 @@ from quietgoose.thoughts.prefix import run_prefix
 from quietgoose.thoughts.rollout import RolloutGraphs, rollout
 
 from .generation_tools import GREEDY, padded, prompts, thinking_model, thoughts
-from .naive import TestRows, llama, packed, policy_of
+from .naive import TestRows, llama, packed, policy_of, qwen2
+from .test_gradient import CONFIGS, gradients, weights_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -136,3 +142,118 @@ def test_a_lora_on_top_goes_where_the_model_goes() -> None:
         rounded = model.to(torch.bfloat16)(tokens.cuda()).logits
         assert_close("logits", rounded.float().cpu(), before, limit=5e-2)
         assert_close("logits", model.cpu().float()(tokens).logits, before, limit=5e-2)
+
+
+# --------------------------------------------------------------------------------------------- the captured gradient pass
+
+TEXTS = ([[6, 5], [9], []], [[13], [4, 4], [3]], [[13], [13], [13]], [[5, 7], [2, 8], [6]])
+"""Rows of 13 positions: chunks of 5 anchors have two that fill the last one up."""
+CAPTURED = {
+    "default": ("default", {}), "all at once": ("default", {"chunk": None}), "paper": ("paper", {}), "rlp": ("rlp", {}),
+    "distil": ("distil", {}), "entropy bonus": ("entropy bonus", {}), "recomputed": ("default", {"recompute": True}),
+    "banned": ("bounded", {"recompute": True, "chunk": 7}),
+}  # fmt: skip
+WHERE = [
+    *((name, llama, False) for name in CAPTURED),
+    *((name, llama, True) for name in ("default", "recomputed", "rlp")),
+    *((name, qwen2, False) for name in ("default", "banned")),
+]
+"""qwen2 has tied embeddings, biases and grouped queries."""
+
+
+def captures() -> dict[str, Any]:
+    graphs = RolloutGraphs()
+    return {"graphs": graphs, "passes": PassGraphs(graphs.pool), "prefixes": PrefixGraphs()}
+
+
+def trained_policy(config: ThoughtConfig, make: Any, dtype: torch.dtype, frozen: bool) -> ModelPolicy:
+    policy = policy_of(make(), config)
+    policy.model.to(device="cuda", dtype=dtype).requires_grad_(not frozen)
+    policy.parameters.cuda()
+    return policy
+
+
+def compare(policy: ModelPolicy, config: ThoughtConfig, options: dict, limit: float, kept: dict) -> None:
+    """Four micro-batches: text, loss weights and trained numbers change between them; some need a mask, one does not."""
+    for step, text in enumerate(TEXTS):
+        cpu = packed(text, 13, seed=step)
+        rows, weights = on_gpu(cpu), (weights_of(config, cpu) * (1 + step)).cuda()
+        got = thought_loss(policy, rows, config, weights, Stream(3, step), **options, **kept)
+        slopes = {name: slope.clone() for name, slope in gradients(policy, got.total).items()}
+        plain = {name: value for name, value in options.items() if name != "recompute"}
+        want = thought_loss(policy, rows, config, weights, Stream(3, step), **plain, thoughts=got.thoughts)
+        wanted = gradients(policy, want.total)
+        assert_close("sums", got.sums, want.sums, limit=limit)
+        assert_close("stats", got.stats, want.stats, limit=max(limit, 1e-3))
+        scale = max(float(g.norm()) for g in wanted.values())
+        assert scale > 1e-3
+        for key, slope in wanted.items():
+            assert float((slopes[key] - slope).norm()) <= limit * max(float(slope.norm()), 1e-2 * scale), (step, key)
+        with torch.no_grad():
+            for parameter in [*policy.model.parameters(), *policy.parameters.parameters()]:
+                parameter.mul_(0.95 if step % 2 else 1.05)
+
+
+@pytest.mark.parametrize(("name", "make", "frozen"), WHERE)
+def test_the_captured_gradient_is_the_uncaptured(name: str, make: Any, frozen: bool) -> None:
+    config, kept = CONFIGS[CAPTURED[name][0]], captures()
+    policy = trained_policy(config, lambda: make(head_dim=16), torch.float32, frozen)
+    compare(policy, config, {"chunk": 5, **CAPTURED[name][1]}, 1e-4, kept)
+    (made, _) = next(iter(kept["passes"]._passes._made.values()))
+    assert made.replayed.graph is not None, "it was captured"
+    assert not kept["passes"].refused
+    assert not kept["prefixes"].refused
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_captured_gradient_of_a_bf16_model(recompute: bool) -> None:
+    config = CONFIGS["default"]
+    policy = trained_policy(config, lambda: llama(head_dim=64), torch.bfloat16, frozen=False)
+    compare(policy, config, {"chunk": 5, "recompute": recompute}, 3e-2, captures())
+
+
+def test_a_stage_of_the_curriculum_after_another() -> None:
+    """Other sizes and coefficients are other graphs in one pool; the first come back as they were."""
+    policy, kept = (
+        trained_policy(CONFIGS["default"], lambda: llama(head_dim=16), torch.float32, frozen=False),
+        captures(),
+    )
+    for name in ("default", "distil", "one token, one position", "default", "distil"):
+        compare(policy, CONFIGS[name], {"chunk": 5}, 1e-4, kept)
+
+
+def test_replays_take_no_more_memory() -> None:
+    config, kept = CONFIGS["default"], captures()
+    policy, reserved = trained_policy(config, lambda: llama(head_dim=16), torch.float32, frozen=False), []
+    for step in range(5):
+        cpu = packed(TEXTS[0], 13, seed=step)
+        loss = thought_loss(
+            policy, on_gpu(cpu), config, weights_of(config, cpu).cuda(), Stream(0, step), chunk=5, **kept
+        )
+        loss.total.backward()
+        del loss
+        gc.collect()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[4] == reserved[2], reserved
+
+
+def test_a_model_that_waits_says_so_once_and_goes_on() -> None:
+    config = CONFIGS["default"]
+    policy = trained_policy(config, lambda: llama(head_dim=16), torch.float32, frozen=True)
+    policy.model.base_model.layers[0].mlp.register_forward_hook(
+        lambda m, x, y: y * (1.0 if y.sum().item() < 1e9 else 0.0)
+    )
+    cpu = packed(TEXTS[0], 13)
+    rows, weights, kept = on_gpu(cpu), weights_of(config, cpu).cuda(), captures()
+    del kept["graphs"]  # a rollout that waits is an error (THT-005)
+    with pytest.warns(UserWarning, match="QG-THT-007"):
+        first = thought_loss(policy, rows, config, weights, Stream(0, 0), chunk=5, **kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = thought_loss(policy, rows, config, weights, Stream(0, 0), chunk=5, **kept)
+    want = thought_loss(policy, rows, config, weights, Stream(0, 0), chunk=5)
+    assert kept["passes"].refused
+    assert kept["prefixes"].refused
+    for loss in (first, second):
+        assert_close("sums", loss.sums, want.sums, limit=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from quietgoose.thoughts import objective
 from quietgoose.thoughts.config import Advantage, ThoughtConfig, preset
-from quietgoose.thoughts.gradient import policy_loss
+from quietgoose.thoughts.terms import policy_loss
 from torch import Tensor
 
 KINDS: tuple[Advantage, ...] = ("two_sided", "one_sided", "leave_one_out")

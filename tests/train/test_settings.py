@@ -196,7 +196,6 @@ EVALUATED = ["--stages=[base,thoughts,evaluate]", "--evaluate.thoughts.tasks.t=s
         (["--thoughts.preset=curriculum", "--thoughts.curriculum_sizes=[[3]]"], "CFG-113", "[tokens, lookahead]"),
         (["--thoughts.temperature=2"], "CFG-", "make them equal"),
         (["--thoughts.tokens=250"], "CFG-008", "over the base's context 256"),
-        (["--thoughts.train.activation_checkpointing=true"], "CFG-008", "thoughts.chunk"),
         (["--thoughts.rank=0"], "CFG-003", "thoughts.rank: 0"),
         (["--thoughts.rollout_chunk=-1"], "CFG-003", "thoughts.rollout_chunk: -1"),
         (["--thoughts.capture=off"], "CFG-003", "capture"),

@@ -41,7 +41,9 @@ GIB = 2**30
 
 
 def recipe_of(length: int = 48, **thoughts: Any) -> Recipe:
+    recompute = thoughts.pop("recompute", False)
     settings = ThoughtSettings(**{**THOUGHTS, **thoughts})
+    settings.train.activation_checkpointing = recompute
     return Recipe(data=DataSettings(sequence_length=length), thoughts=settings, experts=ExpertSettings(rank=4))
 
 
@@ -95,6 +97,7 @@ def take(job: ThoughtJob, batch: Batch, step: int) -> None:
 
 CASES = [
     ({}, torch.bfloat16, 0),
+    ({"chunk": 0, "recompute": True}, torch.bfloat16, 0),
     ({"over": "routed"}, torch.bfloat16, 3),
     ({"trainable": "full", "chunk": 0}, torch.float32, 0),
 ]
@@ -120,16 +123,28 @@ def test_two_models_of_few_layers_tell_of_all_layers(monkeypatch: pytest.MonkeyP
     assert dataclasses.astuple(from_few) == pytest.approx(dataclasses.astuple(whole), rel=1e-3)
 
 
-def test_a_captured_rollout_keeps_its_buffers_and_a_pool() -> None:
+def test_captured_steps_keep_their_buffers_and_a_pool() -> None:
     plain, captured = (estimate(recipe_of(capture=c), SMALL, torch.bfloat16, 4) for c in ("never", "auto"))
     anchors, heads, width, layers = 48, 2, 16, SMALL["num_hidden_layers"]
     assert captured.stored == plain.stored == 2 * layers * 4 * heads * anchors * 2 * 3 * width * 2
     prefix = 4 * 48 * (64 + 2 * layers * heads * width) * 2
-    assert captured.held > captured.stored + prefix
-    assert captured.peak == plain.peak + captured.held
+    assert captured.held > captured.stored + 3 * prefix + 2 * prefix, "copies of the prefix, and fp32 totals for it"
+    assert captured.peak > captured.held
+    assert plain.peak < captured.whole < plain.peak + 2 * captured.held
     assert (captured.pool > 0, plain.pool) == (True, 0)
     paused = estimate(recipe_of(capture="auto", control="pause"), SMALL, torch.bfloat16, 4)
-    assert (paused.stored, paused.held, paused.pool) == (0, 0, 0)
+    assert paused.stored == 0
+    assert 0 < paused.held < captured.held - captured.stored + 1
+    assert paused.pool > 0, "the gradient pass is captured all the same"
+
+
+def test_layers_that_run_again_need_less() -> None:
+    recipe, shape = recipe_of(chunk=0), {**SMALL, "num_hidden_layers": 6}
+    plain = estimate(recipe, shape, torch.bfloat16, 4)
+    recipe.thoughts.train.activation_checkpointing = True
+    assert estimate(recipe, shape, torch.bfloat16, 4).peak < 0.6 * plain.peak
+    recipe.thoughts.capture = "auto"
+    assert estimate(recipe, shape, torch.bfloat16, 4).whole < 0.8 * plain.peak
 
 
 def test_linears_named_in_full_may_lie_in_any_layer() -> None:
@@ -172,7 +187,7 @@ def test_a_model_that_cannot_run_without_numbers_is_estimated_by_formula(capture
     assert "DynamicOutputShapeException" in rough.untraced
     assert (rough.thoughts, rough.tokens) == (traced.thoughts, traced.tokens)
     assert rough.memory.stored == pytest.approx(traced.memory.stored, rel=0.01), "fp32 here"
-    assert 0.3 < rough.memory.peak / traced.memory.peak < 1.2
+    assert 0.3 < rough.memory.whole / traced.memory.whole < 1.2
 
 
 def test_an_estimated_step_of_the_base_is_the_step_that_is_taken() -> None:
@@ -222,9 +237,13 @@ def test_the_estimate_holds_on_a_gpu(name: str, record_property: Any) -> None:
     batch = batch_of(16, 256, shape["vocab_size"], "cuda")
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    for step in range(3):  # the first one captures, and counts flips and the gap
+    for step in range(2):  # the first one captures, and counts flips and the gap
+        take(job, batch, step)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for step in (2, 3):
         take(job, batch, step)
     torch.cuda.synchronize()
     measured, reserved = torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved() - before
@@ -232,5 +251,5 @@ def test_the_estimate_holds_on_a_gpu(name: str, record_property: Any) -> None:
     line = "{}: told {:.2f} + {:.2f}, measured {:.2f}, reserved {:.2f} GiB".format(name, *(n / GIB for n in found))
     print(line, {k: round(v / GIB, 3) for k, v in dataclasses.asdict(told).items()})
     record_property("memory", line)
-    assert LEAST < told.peak / measured < MOST, line
+    assert LEAST < told.whole / reserved < MOST, line
     assert reserved > measured + 0.5 * told.pool, line

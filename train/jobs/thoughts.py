@@ -20,6 +20,8 @@ from ...routing.choices import recorded_choices, scoring_sites
 from ...routing.on_top import FlatLora, TopLora
 from ...thoughts import stats
 from ...thoughts.baseline import MovingBaseline
+from ...thoughts.captured_pass import PassGraphs
+from ...thoughts.captured_prefix import PrefixGraphs
 from ...thoughts.config import Curriculum, ThoughtConfig
 from ...thoughts.gradient import Stream, thought_loss
 from ...thoughts.parameters import ThoughtParameters
@@ -97,7 +99,10 @@ class ThoughtJob(nn.Module):
         )
         self.routed = self.thinks and bool(scoring_sites(model))
         self.seed = derive(seed, "thoughts")
-        self.graphs = RolloutGraphs() if settings.capture == "auto" else None
+        captures = settings.capture == "auto"
+        self.graphs = RolloutGraphs() if captures else None
+        self.passes = None if self.graphs is None else PassGraphs(self.graphs.pool)
+        self.prefixes = PrefixGraphs() if captures else None
         self._step, self._first = 0, True
         self._weights_M: Tensor | None = None
 
@@ -144,6 +149,9 @@ class ThoughtJob(nn.Module):
             rollout_chunk=rollout_anchors(self.settings, config),
             baseline_BL=self._baseline(batch),
             graphs=self.graphs,
+            passes=self.passes,
+            prefixes=self.prefixes,
+            recompute=self.settings.train.activation_checkpointing,
             measure_gap=self.thinks and self._step % GAP_EVERY == 0,
             choices=self._choices if self.routed and self._step % FLIPS_EVERY == 0 else None,
         )
