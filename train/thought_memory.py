@@ -7,6 +7,8 @@
     pool    what captured graphs work in: the prefix's activations, and the hungrier one of a chunk and of a step of the rollout.
             It serves nothing else: reserved beside `peak`, free inside (torch.cuda.max_memory_reserved knows it,
             max_memory_allocated does not)
+            On an H100 0.3 to 1.1 GiB more are reserved, in sixteen cells of SmolLM2's shape: what pools cannot hand out again, and
+            libraries' work spaces (benchmarks/results/2026-11-27_thoughts_memory_captured_h100.json)
 
 The loss is the stage's own (thoughts/gradient.py), over the model as the stage finds it: experts, router and LoRA attached, in
 their dtypes. All rows hold several documents and a label everywhere, which is the most there can be. On torch's fake CPU tensors,

@@ -80,12 +80,15 @@ MEASURED = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 @pytest.mark.parametrize(
     ("cell", "arm", "chunk"),
-    [("512:9:2", "captured", 2048), ("512:9:2", "recomputed", 32768), ("1024:13:4", "captured", 8192)],
+    [
+        ("512:9:2", "captured", 2048),
+        ("512:9:2", "recomputed", 2048),
+        ("1024:13:4", "captured", 8192),
+        ("2048:4:2", "recomputed", 8192),
+    ],
 )
 def test_an_estimate_is_what_was_measured_on_a_gpu(run: Any, cell: str, arm: str, chunk: int) -> None:
-    file = MEASURED / "2026-11-26_thoughts_memory_captured_h100.json"
-    if not file.exists():
-        pytest.skip(f"{file.name} is not there: nothing was measured since the gradient pass is captured")
+    file = MEASURED / "2026-11-27_thoughts_memory_captured_h100.json"
     report = json.loads(file.read_text())
     found = [
         r["peak_bytes"]
@@ -96,7 +99,8 @@ def test_an_estimate_is_what_was_measured_on_a_gpu(run: Any, cell: str, arm: str
     words = ["--estimate", str(chunk), "--cells", cell, "--arms", arm, "--rows", "1"]
     (told,) = run(memory_script, *words, tiny=False)["results"]
     assert found
-    assert told["peak_bytes"] == pytest.approx(found[0], rel=0.1)
+    lost = found[0] - told["peak_bytes"]
+    assert 0.2e9 < lost < 1.2e9, "what pools of captured graphs cannot hand out again, and libraries' work spaces"
 
 
 def test_an_estimate_knows_chunks_and_bits(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
