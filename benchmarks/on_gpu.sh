@@ -39,14 +39,15 @@ tests() {  # 7 minutes
   run tests_cache 240 python -m pytest -q -n 6 --timeout 300 -m gpu tests/cache
   run tests_rest 420 python -m pytest -q -n 6 --timeout 300 -m gpu tests/thoughts tests/alignment tests/train
 }
-routed() {  # 14 minutes
-  run routed_tiles 200 python -m pytest -q -n 6 -rf -m gpu tests/kernels/test_routed_lora_tiles.py
-  bench routed_models 460 routed_lora --parts models decode --shapes smollm2 llama3-8b --experts 16 166 --model-experts 16 166 --no-peft --budget-seconds 420
-  bench routed_layer 260 routed_lora --parts layer --budget-seconds 240
+routed() {  # 16 minutes
+  run routed_tests 300 python -m pytest -q -n 4 -rf -m gpu tests/kernels/test_routed_lora*.py tests/routing
+  bench routed_models 240 routed_lora --parts models decode --shapes smollm2 --experts 16 --model-experts 16 166 --no-peft --budget-seconds 220
+  bench routed_wide 150 routed_lora --parts models --shapes llama3-8b --layers 16 --model-experts 16 --batches 8x512 1x1 --no-peft --budget-seconds 130
+  bench routed_layer 400 routed_lora --parts layer --budget-seconds 380
   bench routed_training 200 routed_lora_training --budget-seconds 170
 }
 training() {  # 9 minutes
-  bench training_ours 330 training --arms peft ours gates --modes graph layers --budget-seconds 300
+  bench training_ours 400 training --arms gate ours gates peft --modes graph --budget-seconds 360
   bench training_llama3 180 training --arms llama3 profile --budget-seconds 150
 }
 scaling() {  # 5 minutes; two cards. overlap_comm waits for the device at every bucket: timed beside the strategy that goes without
@@ -65,9 +66,10 @@ quality() {  # 5 minutes; TEXT
   run quality 330 python benchmarks/kv_quality.py --model "$model" --text "${TEXT:?a text file or folder}" --stages text retrieval \
     --methods "zip quality" "layers 7 18" "layers 18 23" "s16 r128 queries" --budget-seconds 300 --out "$out/quality"
 }
-thoughts() {  # 8 minutes, and 4 to 6 a seed of `permutations`
+thoughts() {  # 12 minutes, and 4 to 6 a seed of `permutations`
   bench thought_attention 150 thought_attention
-  bench thoughts_memory 300 thoughts_memory --cells 512:9:2 1024:13:4 --rows 1 4 16
+  run thoughts_tests 300 python -m pytest -q -n 4 -rf -m gpu tests/thoughts tests/train/test_captured_thoughts.py tests/train/test_thought_memory.py
+  bench thoughts_memory 420 thoughts_memory --cells 512:9:2 1024:13:4 --rows 1 4 16 --arms loop captured recomputed --branch-tokens 2048 8192 32768 --budget-seconds 400
 }
 permutations() {  # experiment A's last arms, 4 to 6 minutes each; SEED
   local seed=${SEED:-0} arms=(--evaluate.thoughts.arms '[base,no_thought,untrained,thought]' --tracking.enabled false --seed "${SEED:-0}")
