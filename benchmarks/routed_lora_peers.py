@@ -8,10 +8,12 @@ pairs. A function adds nothing to the clock that its original does not do at eve
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from measure import worst
 from quietgoose.kernels.routed_lora import (
     formulation,
     group_shape,
@@ -20,12 +22,15 @@ from quietgoose.kernels.routed_lora import (
     operators,
     route_group,
     split_gates,
+    stack_factors,
 )
+from quietgoose.kernels.testing import relative_rmse
 from torch import Tensor
 from torch.nn import functional
 
 SHAPES = {"smollm2": (576, 1536, 576, 192), "llama3-8b": (4096, 14336, 4096, 1024), "tiny": (64, 96, 64, 32)}
 RANK = 16
+CLEAR = 1e-4  # of a score: nearer choices may turn with the order of summation
 assert operators is not None
 
 
@@ -73,11 +78,19 @@ class Layer:
         raw = torch.randn(len(outs) * self.experts, width, device=device)
         vectors = functional.layer_norm(raw, (width,)) / width**0.5
         ranks = [[RANK] * self.experts] * len(outs)
+        stacked = torch.cat([part.flatten(0, 1) for part in a])
+        a_RI, gates, stack = stack_factors(stacked, split_gates(vectors, self.dtype))
         return Group(
-            weights, a, b, vectors, torch.cat([part.flatten(0, 1) for part in a]),
-            [part.transpose(1, 2).flatten(0, 1).contiguous() for part in b],
-            list(split_gates(vectors, self.dtype)), list(group_tables(ranks, device)),
+            weights, a, b, vectors, a_RI, [part.transpose(1, 2).flatten(0, 1).contiguous() for part in b],
+            [*gates, stack], list(group_tables(ranks, device)),
         )  # fmt: skip
+
+    def only(self, number: int) -> Layer:
+        """The same layer with one of its groups."""
+        found = copy.copy(self)
+        found.plan, found.inputs = [self.plan[number]], [self.inputs[number]]
+        found.copies = [[groups[number]] for groups in self.copies]
+        return found
 
     def parameters(self) -> list[Tensor]:
         """What may be trained: A and B, for gradients."""
@@ -104,6 +117,27 @@ class Layer:
             for w, h, b in zip(g.weights, hidden.split(list(shape.slots), 1), g.b_RO):
                 found.append(wide @ w.double().t() + h @ b.double())
         return found
+
+
+def clear_choices(layer: Layer, rows: Tensor, k: int) -> list[Tensor]:
+    """Of every linear, which of the tokens `rows` have a k-th score well above the next."""
+    found: list[Tensor] = []
+    for x, g in zip(layer.inputs, layer.copies[-1]):
+        if k >= layer.experts:
+            found.extend(torch.ones(len(g.weights), len(rows), dtype=torch.bool, device=x.device))
+            continue
+        weights, _ = route_group(x[rows].double(), g.vectors.double(), g.tables[3].double(), layer.experts, k + 1)
+        found.extend((weights[..., k - 1] / weights[..., k]).log() > CLEAR)
+    return found
+
+
+def error_of(layer: Layer, k: int = 2, arrow: bool = False) -> Callable[[list[Tensor]], float]:
+    """Relative RMSE of the last copy's outputs against fp64, the worst of the linears: of all tokens up to 1,024, beyond that of as
+    many spread over all; but for Arrow, of those whose choice of experts is clear."""
+    rows = layer.checked_rows()
+    want = layer.exact(k, arrow, rows)
+    clear = [torch.ones_like(rows, dtype=torch.bool)] * len(want) if arrow else clear_choices(layer, rows, k)
+    return lambda ys: worst(relative_rmse(y[rows][sure], w[sure]) for y, w, sure in zip(ys, want, clear))
 
 
 def base(x: Tensor, g: Group) -> list[Tensor]:
@@ -242,4 +276,4 @@ PEERS: dict[str, Callable[[int], Callable[[Tensor, Group], list[Tensor]]]] = {
     "r_three": r_three,
     "mttl": mttl,
 }
-OURS = ("decode", "fused", "stock", "grouped")
+OURS = ("decode", "fused", "stock", "split", "split_fused", "grouped")

@@ -15,6 +15,8 @@ Arms:
     llama3      four layers of LLaMA3-8B's shape: share of the measured matmul peak in model FLOPs
     profile     kernels by their share of a step, and how long the device idles
 
+At the end `ratios` compares what one call measured: our steps in tokens a second with each loop of PEFT's, and gates in time.
+
 A step is a whole step of the real engine: data, forward, backward, clipping, AdamW. SmolLM2 rows: 512 tokens of documents of
 80, labels on the last quarter. Random weights; PyTorch's timings do not depend on them.
 """
@@ -54,6 +56,7 @@ class Bench:
         self.device = torch.device(options.device)
         self.shapes = shapes(options.tiny)
         self.red: set[str] = set()
+        self.found: dict[tuple[str, str], dict[str, Any]] = {}
         self.record: dict[str, Any] = {**about(self.device), "lines": []}
         if options.out and options.out.is_file():
             self.record["lines"] = json.loads(options.out.read_text())["lines"]
@@ -75,7 +78,8 @@ class Bench:
             self.put(arm=arm, what=what, skipped="the budget is spent")
             return None
         try:
-            return self.put(arm=arm, what=what, **work())
+            self.found[arm, what] = self.put(arm=arm, what=what, **work())
+            return self.found[arm, what]
         except Exception as error:
             traceback.print_exc(limit=8)
             self.put(arm=arm, what=what, failed=f"{type(error).__name__}: {str(error)[:300]}")
@@ -178,6 +182,24 @@ class Bench:
 
         self.attempt(arm, what, work)
 
+    def ratios(self) -> None:
+        """Of what this call measured, a machine with itself: tokens a second against PEFT's, sixteen gates' time against one's."""
+        for mode in self.modes():
+            ratios: dict[str, float] = {}
+            for experts in (12, 16):
+                ours = self.found.get(("ours", f"{experts} experts {mode}"))
+                for (arm, what), line in self.found.items():
+                    if ours and arm == "peft":
+                        rate = ours["tokens_per_second"] / line["tokens_per_second"]
+                        ratios[f"{experts} experts, rate against PEFT's {what}"] = round(rate, 2)
+            gates = self.found.get(("gates", f"16 gates, {mode}"))
+            for one in ("1 gate, as many rows in all", "1 gate, as many rows of it"):
+                line = self.found.get(("gates", f"{one}, {mode}"))
+                if gates and line:
+                    ratios[f"16 gates, time against {one}"] = round(gates["ms"] / line["ms"], 2)
+            if ratios:
+                self.put(arm="ratios", what=mode, **ratios)
+
     def profile(self) -> None:
         """One step each of experts and gates: the twenty heaviest kernels, and the device's idle share."""
         for kind, experts in (("experts", 12), ("gates", 16)):
@@ -248,6 +270,7 @@ def main() -> None:
             print(f"{name}: {value}", flush=True)
     for arm in bench.options.arms:
         getattr(bench, arm)()
+    bench.ratios()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..base.modules import hooked
 from .decode_step import in_step
 
 MAX_ROWS = 16
@@ -90,7 +91,7 @@ def stream_linears(model: nn.Module) -> list[nn.Linear]:
     for module in model.modules():
         if isinstance(module, JoinedLinear):
             module.joined.streamed = True
-        elif type(module) is nn.Linear and not _hooked(module):
+        elif type(module) is nn.Linear and not hooked(module):
             module.__class__ = StreamedLinear
             changed.append(module)
     return changed
@@ -110,11 +111,7 @@ def join_projections(model: nn.Module) -> list[nn.Linear]:
 
 def _alike(group: list[Any]) -> bool:
     kinds = {(g.in_features, g.weight.dtype, g.weight.device, g.bias is None) for g in group}
-    return len(kinds) == 1 and not any(_hooked(g) for g in group)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    return len(kinds) == 1 and not any(hooked(g) for g in group)
 
 
 def _join(group: list[Any]) -> list[nn.Linear]:

@@ -16,6 +16,7 @@ from ..base.errors import QuietGooseError, RecipeError
 from ..kernels.routed_lora import add_routed_lora, slot_weights
 from .expert import SiteAdapter
 from .routers import RouterKind, Routing, uniform
+from .row_adapter import RowAdapter
 from .shared import SharedBank
 
 
@@ -50,6 +51,8 @@ class RoutedLinear(nn.Module):
         """x [..., I] -> y [..., O]."""
         if isinstance(self.adapter, RoutedBank) and self.adapter.takes_base(x):
             y = self.adapter.linear(x)
+        elif isinstance(self.adapter, RowAdapter) and self.adapter.takes_base(self.base):
+            y = self.adapter.linear(x, self.base)
         else:
             y = self.base(x)
             if self.adapter is not None:

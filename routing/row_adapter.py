@@ -2,7 +2,8 @@
 
 The tensors of a site are attributes, put there before each forward by routing/training.py: the layers of a model then look alike
 to torch.compile, which makes one graph for all of them. Compiled and eager code compute the same in two ways, each with what it
-is good at. Callers: routing/training.py.
+is good at: compiled code takes the base's product too (kernels/routed_lora/rows.py). Callers: routing/training.py,
+routing/routed_linear.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import QuietGooseError
-from ..kernels.routed_lora import add_row_lora, gate_logits
+from ..base.modules import hooked
+from ..kernels.routed_lora import add_row_lora, gate_logits, linear_rows, shrink_rows
 
 
 @dataclass
@@ -65,26 +67,50 @@ class RowAdapter(nn.Module):
         self.group: InputGroup | None = None
         self.first, self.last, self.number, self.start = True, True, 0, 0
 
+    def takes_base(self, base: nn.Linear) -> bool:
+        """Whether `linear` may stand for the base's own call and `forward`: in compiled code, of a plain frozen linear that
+        nobody listens to."""
+        if not torch.compiler.is_compiling() or type(base) is not nn.Linear or hooked(base):
+            return False
+        return not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+
+    def linear(self, x: Tensor, base: nn.Linear) -> Tensor:
+        """base(x) + scale * g * B_e A_e x, x [B, T, I] or [1, B*T, I], the adapter's product added inside the base's."""
+        _, b_GOR = self._parts(x)
+        return linear_rows(x, base.weight, base.bias, self._hidden(x), b_GOR, self.scale)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [B, T, I] or [1, B*T, I], y alike -> y + scale * g * B_e A_e x, shape of y."""
+        a_GRI, b_GOR = self._parts(x)
+        if torch.compiler.is_compiling():
+            update_GTO = torch.bmm(self._hidden(x), b_GOR.transpose(1, 2))
+            return y + self.scale * update_GTO.view_as(y)
+        groups = a_GRI.shape[0]
+        x_GTI, y_GTO = x.reshape(groups, -1, x.shape[-1]), y.reshape(groups, -1, y.shape[-1])
+        gate_GT1 = None if self.share_BT1 is None else self.share_BT1.reshape(groups, -1, 1)
+        if self.gate_GI is not None:
+            gate_GT1 = torch.sigmoid(self._gate(x, x_GTI, self.gate_GI)).to(x.dtype)
+        return add_row_lora(y_GTO, x_GTI, a_GRI, b_GOR, gate_GT1, self.scale).view_as(y)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The groups' A and B for this input."""
         a_GRI, b_GOR = self.a_GRI, self.b_GOR
         assert a_GRI is not None, "the rows' experts are set before the forward"
         assert b_GOR is not None
-        groups, width = a_GRI.shape[0], x.shape[-1]
-        if x.numel() % (groups * width):
+        if x.numel() % (a_GRI.shape[0] * x.shape[-1]):
             raise QuietGooseError(
-                f"site {self.site}: input {tuple(x.shape)} does not divide into the batch's {groups} groups of rows",
+                f"site {self.site}: input {tuple(x.shape)} does not divide into the batch's {a_GRI.shape[0]} groups of rows",
                 code="RTE-003",
             )
-        x_GTI, y_GTO = x.reshape(groups, -1, width), y.reshape(groups, -1, y.shape[-1])
-        gate_GT1 = None if self.share_BT1 is None else self.share_BT1.reshape(groups, -1, 1)
-        if not torch.compiler.is_compiling():
-            if self.gate_GI is not None:
-                gate_GT1 = torch.sigmoid(self._gate(x, x_GTI, self.gate_GI)).to(x.dtype)
-            return add_row_lora(y_GTO, x_GTI, a_GRI, b_GOR, gate_GT1, self.scale).view_as(y)
+        return a_GRI, b_GOR
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """g A x [G, L, R]; in compiled code only."""
+        h_GTR = self._shrink(x)
         if self.gate_GI is not None:
-            gate_GT1 = torch.sigmoid(_logits(x_GTI, self.gate_GI)).to(x.dtype)
-        return _add(y_GTO, self._shrink(x, x_GTI), b_GOR, gate_GT1, self.scale).view_as(y)
+            x_GTI = x.reshape(h_GTR.shape[0], -1, x.shape[-1])
+            return h_GTR * torch.sigmoid(_logits(x_GTI, self.gate_GI)).to(x.dtype)
+        return h_GTR if self.share_BT1 is None else h_GTR * self.share_BT1.reshape(*h_GTR.shape[:2], 1)
 
     def _gate(self, x: Tensor, x_GTI: Tensor, gate_GI: Tensor) -> Tensor:
         """The logit [G, T, 1] of this site's gate, in the gate's dtype; in eager code only."""
@@ -101,19 +127,19 @@ class RowAdapter(nn.Module):
             group.x = group.logits_GTS = None
         return logits_GT1
 
-    def _shrink(self, x: Tensor, x_GTI: Tensor) -> Tensor:
+    def _shrink(self, x: Tensor) -> Tensor:
         """A x [G, T, R] of this site; in compiled code only."""
         a_GRI, group = self.a_GRI, self.group
         assert a_GRI is not None
         if group is None:
-            return torch.bmm(x_GTI, a_GRI.transpose(1, 2))
+            return shrink_rows(x, a_GRI)
         if self.first:
             group.x = x
-            group.h_GTR = torch.bmm(x_GTI, torch.cat(group.parts, dim=1).transpose(1, 2))
+            group.h_GTR = shrink_rows(x, torch.cat(group.parts, dim=1))
         if group.x is x and group.h_GTR is not None:
             h_GTR = group.h_GTR.narrow(2, self.start, a_GRI.shape[1])
         else:
-            h_GTR = torch.bmm(x_GTI, a_GRI.transpose(1, 2))
+            h_GTR = shrink_rows(x, a_GRI)
         if self.last:
             group.x = group.h_GTR = None
         return h_GTR
@@ -123,9 +149,3 @@ def _logits(x_GTI: Tensor, v_GI: Tensor) -> Tensor:
     """x . v [G, T, 1] in v's dtype, which a compiler fuses into another reading of x; eager code takes the kernel that keeps no
     wide copy of x."""
     return (x_GTI.to(v_GI.dtype) * v_GI[:, None]).sum(-1, keepdim=True)
-
-
-def _add(y_GTO: Tensor, h_GTR: Tensor, b_GOR: Tensor, gate_GT1: Tensor | None, scale: float) -> Tensor:
-    """y + scale * g * B h, the sum left to the compiler to fuse into what reads it next, where baddbmm would copy y first."""
-    update_GTO = torch.bmm(h_GTR if gate_GT1 is None else h_GTR * gate_GT1, b_GOR.transpose(1, 2))
-    return y_GTO + (update_GTO if scale == 1.0 else scale * update_GTO)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..base.modules import hooked
 from ..kernels.dispatch import Implementation, takes_triton
 from ..kernels.routed_lora import (
     GroupTables,
@@ -28,6 +29,7 @@ from ..kernels.routed_lora import (
     operators,
     route_sparingly,
     split_gates,
+    stack_factors,
 )
 from .expert import SiteAdapter
 from .routers import RouterKind
@@ -62,6 +64,7 @@ class SharedBank(nn.Module):
 
     a_RI       all sites' A one below the other, in the base's dtype; b_0, b_1, b_2 the sites' B beside it, start_0, rank_0 and
                so on where each expert's slots lie within a site
+    stack_PI   what a_RI, high_ZI and low_ZI are parts of, 16-bit dtypes; one product with it routes and shrinks
     vectors_ZI prepared routing vectors of all sites, at least fp32 whatever the model is cast to; None: no scoring router
     """
 
@@ -74,6 +77,7 @@ class SharedBank(nn.Module):
     high_ZI: Tensor
     low_ZI: Tensor
     shift_Z: Tensor
+    stack_PI: Tensor
 
     def __init__(
         self, adapters_SN: Sequence[Sequence[SiteAdapter | None]], bases: Sequence[nn.Linear], implementation: Implementation
@@ -97,7 +101,7 @@ class SharedBank(nn.Module):
             self._keep(f"start_{position}", own.start_Z)
             self._keep(f"rank_{position}", own.rank_Z)
         self._bases = list(bases)
-        self._plain = all(type(base) is nn.Linear and not _hooked(base) for base in bases)
+        self._plain = all(type(base) is nn.Linear and not hooked(base) for base in bases)
         self._input: _Input | None = None
         self._hook: RemovableHandle | None = None
 
@@ -147,7 +151,7 @@ class SharedBank(nn.Module):
         if not self._takes_kernels(x_TI):
             return route_sparingly(x_TI, self.vectors_ZI, self.absent_Z, self.shape.num_experts, self.k, arrow)
         return torch.ops.quietgoose.route_experts(
-            x_TI, self.vectors_ZI, self._gates()[1:], self._tables(), self.shape.num_experts, self.k, arrow
+            x_TI, self.vectors_ZI, self._gates()[1:4], self._tables(), self.shape.num_experts, self.k, arrow
         )
 
     # the input at hand -----------------------------------------------------------------------------------------
@@ -223,7 +227,7 @@ class SharedBank(nn.Module):
         return list(hidden_TR.split(slots, dim=1))
 
     def _grouped(self, x_TI: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Per site hidden [K, T, RP], weighted, of its pairs sorted by expert, order [K, T] and total [K, NP]: one sort and one
+        """Per site hidden [K, T, RP], weighted, of its pairs sorted by expert, order [K, T] and plan [K, P]: one sort and one
         shrink for the group, forward and backward."""
         weights_STK, index_STK = self.route(x_TI)
         pairs = torch.ops.quietgoose.sort_experts(index_STK.int(), self.shape.num_experts)
@@ -255,10 +259,11 @@ class SharedBank(nn.Module):
 
     def _gates(self) -> list[Tensor]:
         assert self.vectors_ZI is not None
-        return [self.vectors_ZI, self.high_ZI, self.low_ZI, self.shift_Z]
+        return [self.vectors_ZI, self.high_ZI, self.low_ZI, self.shift_Z, self.stack_PI]
 
     def _keep_vectors(self, vectors_ZI: Tensor) -> None:
-        for name, tensor in split_gates(vectors_ZI, self.a_RI.dtype)._asdict().items():
+        a_RI, gates, stack_PI = stack_factors(self.a_RI, split_gates(vectors_ZI, self.a_RI.dtype))
+        for name, tensor in {"a_RI": a_RI, "stack_PI": stack_PI, **gates._asdict()}.items():
             self._keep(name, tensor)
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
@@ -267,6 +272,7 @@ class SharedBank(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SharedBank:
         """Casting the model leaves scores in fp32: vectors only move, their 16-bit parts are made anew."""
         vectors_ZI, absent_Z = self.vectors_ZI, self.absent_Z
+        self._buffers.pop("stack_PI", None)  # its parts are what is moved
         super()._apply(fn, recurse)
         self.absent_Z = absent_Z.to(self.a_RI.device)
         if vectors_ZI is not None:
@@ -288,10 +294,6 @@ class _Input:
             and position in self.parts
             and self.with_gradients == torch.is_grad_enabled()
         )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 
 
 def _fits(weight: Tensor, x: Tensor) -> bool:

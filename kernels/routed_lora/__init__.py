@@ -2,7 +2,7 @@
 
 from . import operators
 from .gradients import route_sparingly
-from .layout import GroupShape, GroupTables, PreparedGates, group_shape, group_tables, split_gates
+from .layout import GroupShape, GroupTables, PreparedGates, group_shape, group_tables, split_gates, stack_factors
 from .reference import (
     add_routed_lora,
     add_row_lora,
@@ -15,6 +15,7 @@ from .reference import (
     routed_lora,
     slot_weights,
 )
+from .rows import linear_rows, shrink_rows
 from .tiles import by_pairs, formulation
 
 __all__ = [
@@ -30,12 +31,15 @@ __all__ = [
     "gate_scores",
     "group_shape",
     "group_tables",
+    "linear_rows",
     "masked_hidden",
     "naive",
     "operators",
     "route_group",
     "route_sparingly",
     "routed_lora",
+    "shrink_rows",
     "slot_weights",
     "split_gates",
+    "stack_factors",
 ]

@@ -61,7 +61,7 @@ def linear_way(
     chosen: tiles.Tiles | None, x_TI: Tensor, hidden_TR: Tensor, weights: Sequence[Tensor], b_RO: Sequence[Tensor]
 ) -> Way | None:
     """Descriptors of x, hm, every site's W and every site's B, as linear_expand takes them; None: by addresses."""
-    tile = _tile(chosen, tiles.LINEAR_EXPAND_COPIES, x_TI)
+    tile = _tile(chosen, tiles.LINEAR_EXPAND_COPIES, x_TI, len(weights))
     if tile is None or not _suits(x_TI, hidden_TR, *weights, *b_RO):
         return None
     slots = max(len(b) for b in b_RO)
@@ -83,23 +83,32 @@ def columns_of(tile: tiles.Tiles) -> tuple[int, int]:
 
 
 def route_way(
-    chosen: tiles.Tiles | None, x_TI: Tensor, gates: PreparedGates, a_RI: Tensor, padded: int, most_slots: int
+    chosen: tiles.Tiles | None, x_TI: Tensor, gates: PreparedGates, a_RI: Tensor, padded: int, slots: Sequence[int]
 ) -> Way | None:
     """Descriptors of x, both parts of the gates as one [2, Z, I], and A, as route_shrink takes them; None: by addresses."""
-    tile = _tile(chosen, tiles.ROUTE_SHRINK_COPIES, x_TI)
+    tile = _tile(chosen, tiles.ROUTE_SHRINK_COPIES, x_TI, len(slots))
     if tile is None or not _suits(x_TI, a_RI, gates.high_ZI, gates.low_ZI):
         return None
     first, second = sorted((gates.high_ZI, gates.low_ZI), key=Tensor.data_ptr)  # their sum has no order
     apart = (second.data_ptr() - first.data_ptr()) // 2
     if apart * 2 >= FARTHEST or first.stride() != second.stride():
         return None
-    block_r = min(tile.columns, axis_length(most_slots))
+    block_r = min(tile.columns, axis_length(max(slots)))
     of_gates = TensorDescriptor(first, [2, *first.shape], [apart, *first.stride()], [2, padded, tile.depth])
     return Way(tile, (_of(x_TI, tile.rows, tile.depth), of_gates, _of(a_RI, block_r, tile.depth)), block_r)
 
 
-def _tile(chosen: tiles.Tiles | None, table: tiles.CopiesTable, x_TI: Tensor) -> tiles.Tiles | None:
-    tile = chosen or tiles.choose(table, x_TI.shape[0], x_TI.shape[1])
+def masked_way(chosen: tiles.Tiles | None, x_TI: Tensor, a_RI: Tensor, slots: Sequence[int]) -> Way | None:
+    """Descriptors of x and A, as masked_shrink takes them; None: by addresses."""
+    tile = _tile(chosen, tiles.MASKED_SHRINK_COPIES, x_TI, len(slots))
+    if tile is None or not _suits(x_TI, a_RI):
+        return None
+    block_r = min(tile.columns, axis_length(max(slots)))
+    return Way(tile, (_of(x_TI, tile.rows, tile.depth), _of(a_RI, block_r, tile.depth)), block_r)
+
+
+def _tile(chosen: tiles.Tiles | None, table: tiles.CopiesTable, x_TI: Tensor, sites: int) -> tiles.Tiles | None:
+    tile = chosen or tiles.choose_copies(table, x_TI.shape[0], x_TI.shape[1], sites)
     return tile if tile and tile.loads != "addresses" and _known(x_TI.device) else None
 
 

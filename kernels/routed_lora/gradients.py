@@ -101,50 +101,50 @@ def route_sparingly(
 
 
 def shrink_gradients(
-    grad_SKTR: Tensor, x: Any, weight: Any, order: Tensor, total: Tensor, a: Any, shape: GroupShape, tables: GroupTables,
+    grad_SKTR: Tensor, x: Any, weight: Any, order: Tensor, plan: Tensor, a: Any, shape: GroupShape, tables: GroupTables,
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The wanted gradients among those of x, weight and a, in this order; h = A x is made again from x.
 
     grad is q of all sites. x, weight and a are tensors, or None where nothing that is wanted reads them.
     """
-    from . import launch
+    from . import grouped
 
     for_x, for_weight, for_a = wanted
     sites, k, num_tokens = order.shape
-    pairs, order_SKT, found = launch.Pairs(order.flatten(0, 1), total.flatten(0, 1)), order.long(), []
+    pairs, order_SKT, found = grouped.Pairs(order.flatten(0, 1), plan.flatten(0, 1)), order.long(), []
     if for_x or for_a:
         share_SKT = weight.transpose(1, 2).gather(2, order_SKT)
         q_LTR = (grad_SKTR * share_SKT[..., None]).to(grad_SKTR.dtype).flatten(0, 1)
     if for_x:
         dx = grad_SKTR.new_zeros(num_tokens, a.shape[1], dtype=torch.float32)
         for site in range(sites):
-            launch.expand_pairs_(dx, q_LTR, a, tables, shape, pairs, k, site, 0)
+            grouped.expand_pairs_(dx, q_LTR, a, tables, shape, pairs, k, site, 0)
         found.append(dx.to(grad_SKTR.dtype))
     if for_weight:
-        hidden_LTR = launch.shrink_pairs(x, a, tables, shape, pairs, k)
+        hidden_LTR = grouped.shrink_pairs(x, a, tables, shape, pairs, k)
         dw = grad_SKTR.new_empty(sites, num_tokens, k, dtype=torch.float32)
         products_SKT = (grad_SKTR.float() * hidden_LTR.view_as(grad_SKTR)).sum(3)
         dw.transpose(1, 2).scatter_(2, order_SKT, products_SKT)
         found.append(dw)
     if for_a:
         first = [sum(shape.slots[:site]) for site in range(sites)]
-        parts = [launch.outer_pairs(q_LTR, x, tables, shape, pairs, k, site, first[site]) for site in range(sites)]
+        parts = [grouped.outer_pairs(q_LTR, x, tables, shape, pairs, k, site, first[site]) for site in range(sites)]
         found.append(torch.cat(parts).to(grad_SKTR.dtype))
     return found
 
 
 def expand_gradients(
-    grad: Tensor, hidden: Any, order: Tensor, total: Tensor, b: Any, shape: GroupShape, tables: GroupTables,
+    grad: Tensor, hidden: Any, order: Tensor, plan: Tensor, b: Any, shape: GroupShape, tables: GroupTables,
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The wanted gradients among those of hidden (that is q) and b of one site, in this order."""
-    from . import launch
+    from . import grouped
 
     for_hidden, for_b = wanted
-    pairs, k, found = launch.Pairs(order, total), order.shape[0], []
+    pairs, k, found = grouped.Pairs(order, plan), order.shape[0], []
     if for_hidden:
-        found.append(launch.shrink_pairs(grad, b, tables, shape, pairs, k))
+        found.append(grouped.shrink_pairs(grad, b, tables, shape, pairs, k))
     if for_b:
-        found.append(launch.outer_pairs(hidden, grad, tables, shape, pairs, k, 0, 0).to(grad.dtype))
+        found.append(grouped.outer_pairs(hidden, grad, tables, shape, pairs, k, 0, 0).to(grad.dtype))
     return found

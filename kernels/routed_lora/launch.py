@@ -19,12 +19,11 @@ from torch import Tensor
 from . import descriptors, tiles
 from .layout import GroupShape, GroupTables, PreparedGates, axis_length
 from .triton_decode import decode_base, decode_update
-from .triton_grouped import count_experts, grouped_expand, grouped_outer, grouped_shrink, place_tokens
 from .triton_linear import linear_expand
 from .triton_route import route_shrink
 from .triton_shrink import masked_shrink
+from .triton_split import weigh_products
 
-SORT_BLOCK = 128
 FUSED_DECODE_BYTES = 96 * 1024  # of chosen A per token: above it the shrink is a launch of its own
 DECODE_SPLIT = 2048
 
@@ -37,20 +36,14 @@ class Sites(NamedTuple):
     b_RO: list[Tensor]
 
 
-class Pairs(NamedTuple):
-    """(token, slot) pairs sorted by expert: order int32 [L, T], total int32 [L, NP]."""
-
-    order_LT: Tensor
-    total_LN: Tensor
-
-
 def _three(values: list[int] | tuple[int, ...]) -> tuple[int, int, int]:
     first, second, third = (*values, 0, 0)[:3]
     return first, second, third
 
 
 def _distances(tensors: list[Tensor]) -> tuple[int, int]:
-    """How far, in elements, the second and third tensor lie from the first."""
+    """How far, in elements, the second and third tensor lie from the first. Kernels take those of outputs as int64, however near
+    they lie: a kernel of another signature could not be loaded inside a capture."""
     size, origin = tensors[0].element_size(), tensors[0].data_ptr()
     away = [(t.data_ptr() - origin) // size for t in tensors]
     return _three(away)[1:]
@@ -60,6 +53,29 @@ def _rows(x_TI: Tensor) -> Tensor:
     """The tensor, or a copy, with the numbers of a row side by side: kernels take any distance between rows, but only that
     within them."""
     return x_TI if x_TI.stride(-1) == 1 else x_TI.contiguous()
+
+
+def _limited(tile: tiles.Tiles) -> dict[str, int]:
+    """The option by which a program gets no more than the tile's registers; only CUDA's compiler knows it."""
+    return {} if tile.registers is None else {"maxnreg": tile.registers}
+
+
+def early(follows: bool) -> dict[str, bool]:
+    """The option by which a launch begins before the one before it has ended; only CUDA's compiler knows it."""
+    return {"launch_pdl": True} if follows else {}
+
+
+@cache
+def _overlaps(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def overlap(x_TI: Tensor) -> bool:
+    """Whether what makes hm may let a `linear` that follows it at once begin early (tiles.OVERLAP). Not where x is copied first
+    (`_rows`), which would happen between both."""
+    if not _overlaps(x_TI.device) or x_TI.stride(-1) != 1:
+        return False
+    return tiles.choose(tiles.OVERLAP, x_TI.shape[0], x_TI.shape[1])
 
 
 def _addresses(chosen: tiles.Tiles | None) -> tiles.Tiles | None:
@@ -82,8 +98,12 @@ def route(
     a_RI: Tensor | None = None,
     store: bool = True,
     chosen: tiles.Tiles | None = None,
+    begins: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight fp32 [S, T, K], index int32 [S, T, K], hm [T, R] in x's dtype); empty where not asked for."""
+    """(weight fp32 [S, T, K], index int32 [S, T, K], hm [T, R] in x's dtype); empty where not asked for.
+
+    begins  whether a `linear` launched with `follows` may begin before this has ended
+    """
     x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
     sites = len(shape.slots)
     shrink, padded = a_RI is not None, axis_length(shape.num_experts)
@@ -95,10 +115,10 @@ def route(
     tile = _addresses(chosen) or tiles.route_tiles(num_tokens, width, padded, shrink)
     most_slots = max(shape.slots) if shrink else 1
     plain = descriptors.by_addresses(tile, min(tile.columns, axis_length(most_slots)) if shrink else 16, 3)
-    call = ("route", shape, k, arrow, store)
+    call = ("route", shape, k, arrow, store, begins)
     found_ways = [plain]
     if a_RI is not None and split:
-        make = partial(descriptors.route_way, chosen, x_TI, gates, a_RI, padded, most_slots)
+        make = partial(descriptors.route_way, chosen, x_TI, gates, a_RI, padded, shape.slots)
         found_ways = descriptors.ways(make, plain, chosen, x_TI, call)
     for tile, found, block_r in found_ways:
         blocks_r = triton.cdiv(most_slots, block_r)
@@ -107,35 +127,73 @@ def route(
             num_tokens, width, x_TI.stride(0), hidden.stride(0), shape.num_experts, *_three(shape.slots),
             _distances([high, low])[0], *found, sites,
             K=k, NP=padded, ARROW=arrow, SPLIT=split, SHRINK=shrink, STORE=store, TMA=found[0] is not None,
+            AHEAD=tile.registers is None, BEGINS=begins,
             BLOCK_T=tile.rows, BLOCK_R=block_r, BLOCK_I=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+            **_limited(tile),
         )  # fmt: skip
     return weight, index, hidden
 
 
 def shrink_masked(
     x_TI: Tensor, a_RI: Tensor, tables: GroupTables, shape: GroupShape, weight_STK: Tensor, index_STK: Tensor,
-    chosen: tiles.Tiles | None = None,
+    chosen: tiles.Tiles | None = None, begins: bool = False,
 ) -> Tensor:  # fmt: skip
-    """hm [T, R] in x's dtype from routing that is known: what `route` gives with `a_RI`."""
+    """hm [T, R] in x's dtype from routing that is known: what `route` gives with `a_RI`; begins as there."""
     x_TI, (num_tokens, width), k = _rows(x_TI), x_TI.shape, weight_STK.shape[2]
-    tile = chosen or tiles.choose(tiles.MASKED_SHRINK, num_tokens, width)
-    block_r = min(tile.columns, axis_length(max(shape.slots)))
+    tile = _addresses(chosen) or tiles.choose(tiles.MASKED_SHRINK, num_tokens, width)
+    plain = descriptors.by_addresses(tile, min(tile.columns, axis_length(max(shape.slots))), 2)
     hidden = x_TI.new_empty(num_tokens, sum(shape.slots))
-    blocks = sum(triton.cdiv(count, block_r) for count in shape.slots)
-    masked_shrink[(triton.cdiv(num_tokens, tile.rows) * blocks,)](
-        x_TI, a_RI, tables.owner_R, weight_STK, index_STK, hidden,
-        num_tokens, width, x_TI.stride(0), hidden.stride(0), *_three(shape.slots),
-        SITES=len(shape.slots), K=k, EVEN=width % tile.depth == 0,
-        BLOCK_T=tile.rows, BLOCK_R=block_r, BLOCK_I=tile.depth, SWEEP=8,
-        num_warps=tile.warps, num_stages=tile.stages,
+    make = partial(descriptors.masked_way, chosen, x_TI, a_RI, shape.slots)
+    for tile, found, block_r in descriptors.ways(make, plain, chosen, x_TI, ("masked", shape, k, begins)):
+        blocks = sum(triton.cdiv(count, block_r) for count in shape.slots)
+        masked_shrink[(triton.cdiv(num_tokens, tile.rows) * blocks,)](
+            x_TI, a_RI, tables.owner_R, weight_STK, index_STK, hidden,
+            num_tokens, width, x_TI.stride(0), hidden.stride(0), *_three(shape.slots), *found,
+            SITES=len(shape.slots), K=k, EVEN=width % tile.depth == 0, TMA=found[0] is not None, BEGINS=begins,
+            BLOCK_T=tile.rows, BLOCK_R=block_r, BLOCK_I=tile.depth, SWEEP=8,
+            num_warps=tile.warps, num_stages=tile.stages, **_limited(tile),
+        )  # fmt: skip
+    return hidden
+
+
+def _wide_product(x_TI: Tensor, stack_PI: Tensor) -> Tensor:
+    """x stack^T, fp32 [T, P], summed in fp32 (torch.mm has out_dtype from torch 2.8 on, on CUDA)."""
+    if x_TI.is_cuda:
+        return torch.mm(x_TI, stack_PI.t(), out_dtype=torch.float32)
+    return x_TI.float() @ stack_PI.float().t()
+
+
+def route_split(
+    x_TI: Tensor, stack_PI: Tensor, gates: PreparedGates, tables: GroupTables, shape: GroupShape, k: int, arrow: bool,
+    chosen: tiles.Tiles | None = None, begins: bool = False,
+) -> Tensor:  # fmt: skip
+    """hm [T, R] in x's dtype, what `route` gives with A, from one product of the library (layout.stack_factors) and a small kernel.
+    16-bit tokens. begins as in `route`."""
+    product_TP, num_slots = _wide_product(x_TI, stack_PI), sum(shape.slots)
+    x_TI, (num_tokens, width), sites = _rows(x_TI), x_TI.shape, len(shape.slots)
+    tile = chosen or tiles.choose(tiles.WEIGH_PRODUCTS, num_tokens, width)
+    hidden = x_TI.new_empty(num_tokens, num_slots)
+    weigh_products[(sites * triton.cdiv(num_tokens, tile.rows),)](
+        x_TI, product_TP, gates.shift_Z, tables.absent_Z, tables.owner_R, hidden,
+        num_tokens, width, x_TI.stride(0), product_TP.stride(0), hidden.stride(0), shape.num_experts, *_three(shape.slots),
+        num_slots, num_slots + sites * shape.num_experts, sites,
+        K=k, NP=axis_length(shape.num_experts), ARROW=arrow, BEGINS=begins,
+        BLOCK_T=tile.rows, BLOCK_R=min(tile.columns, axis_length(max(shape.slots))),
+        BLOCK_I=min(tile.depth, axis_length(width)), num_warps=tile.warps,
     )  # fmt: skip
     return hidden
 
 
 def linear(
-    x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: GroupShape, chosen: tiles.Tiles | None = None
-) -> list[Tensor]:
-    """Per site y [T, O] = x W^T + hm B (+ bias)."""
+    x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: GroupShape, chosen: tiles.Tiles | None = None,
+    follows: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Per site y [T, O] = x W^T + hm B (+ bias).
+
+    follows  right behind the launch that made hm from the same x and let this begin (Hopper and newer): programs
+             run before that launch has ended, and wait for its end before they read hm. What they read besides was there before
+             the routing
+    """
     x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
     outs = [w.shape[0] for w in sites.weights]
     y = [x_TI.new_empty(num_tokens, o) for o in outs]
@@ -143,7 +201,7 @@ def linear(
     plain = descriptors.by_addresses(tile, min(64, axis_length(max(shape.slots))), 14)
     make = partial(descriptors.linear_way, chosen, x_TI, hidden_TR, sites.weights, sites.b_RO)
     biases = sites.biases or sites.weights
-    call = ("linear", shape, *outs, bool(sites.biases), hidden_TR.stride(0))
+    call = ("linear", shape, *outs, bool(sites.biases), hidden_TR.stride(0), follows)
     for tile, found, block_r in descriptors.ways(make, plain, chosen, x_TI, call):
         whole, more = descriptors.columns_of(tile)
         blocks = triton.cdiv(num_tokens, tile.rows) * sum(triton.cdiv(o, tile.columns) for o in outs)
@@ -152,9 +210,9 @@ def linear(
             num_tokens, width, x_TI.stride(0), hidden_TR.stride(0), *_three(outs), *_three(shape.slots),
             *_distances(sites.weights), *_distances(biases), *_distances(sites.b_RO), *_distances(y), *found,
             SITES=len(outs), BIAS=bool(sites.biases), EVEN=width % tile.depth == 0,
-            TMA=found[0] is not None, JOINED=tile.loads == "joined",
+            TMA=found[0] is not None, JOINED=tile.loads == "joined", FOLLOWS=follows,
             MORE=more, BLOCK_T=tile.rows, BLOCK_O=whole, BLOCK_I=tile.depth, BLOCK_R=block_r, SWEEP=8,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **early(follows),
         )  # fmt: skip
     return y
 
@@ -260,76 +318,3 @@ def _update(
             BLOCK_O=block_o, BLOCK_I=block_i,
             BLOCK_X=min(2048, triton.next_power_of_2(width)), num_warps=tile.warps,
         )  # fmt: skip
-
-
-def sort_pairs(index_STK: Tensor, num_experts: int) -> Pairs:
-    """Counting sort of every (site, slot) list by expert, stable, in two launches."""
-    sites, num_tokens, k = index_STK.shape
-    lists, padded = sites * k, axis_length(num_experts)
-    blocks = triton.cdiv(num_tokens, SORT_BLOCK)
-    count = index_STK.new_empty(lists, blocks, padded)
-    order = index_STK.new_empty(lists, num_tokens)
-    total = index_STK.new_empty(lists, padded)
-    count_experts[(blocks, lists)](index_STK, count, num_tokens, NP=padded, K=k, BLOCK=SORT_BLOCK)
-    place_tokens[(blocks, lists)](
-        index_STK, count, order, total, num_tokens, NP=padded, K=k, BLOCK=SORT_BLOCK, CHUNK=16, num_warps=8
-    )
-    return Pairs(order, total)
-
-
-def _tile_rows(num_tokens: int, num_experts: int) -> int:
-    """Tokens in a tile: about what an expert gets, 16 to 128."""
-    return max(16, min(128, triton.next_power_of_2(num_tokens // max(num_experts, 1) + 1)))
-
-
-def shrink_pairs(
-    x_TI: Tensor, rows_RI: Tensor, tables: GroupTables, shape: GroupShape, pairs: Pairs, k: int,
-    weight_STK: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """h [L, T, RP] in x's dtype and sorted order: rows of each pair's expert times its token (times its weight)."""
-    x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
-    lists, padded = pairs.total_LN.shape
-    rank, block_t = axis_length(shape.widest), _tile_rows(num_tokens, shape.num_experts)
-    hidden = x_TI.new_empty(lists, num_tokens, rank)
-    grid = (triton.cdiv(num_tokens, block_t) + shape.num_experts, lists)
-    grouped_shrink[grid](
-        x_TI, rows_RI, tables.start_Z, tables.rank_Z, pairs.order_LT, pairs.total_LN,
-        hidden if weight_STK is None else weight_STK, hidden, num_tokens, width, x_TI.stride(0), shape.num_experts,
-        NP=padded, K=k, RP=rank, WEIGHTED=weight_STK is not None, BLOCK_T=block_t, BLOCK_I=64, num_warps=4,
-    )  # fmt: skip
-    return hidden
-
-
-def expand_pairs_(
-    y_TO: Tensor, hidden_LTR: Tensor, rows_RO: Tensor, tables: GroupTables, shape: GroupShape, pairs: Pairs, k: int,
-    site: int, base_slot: int,
-) -> Tensor:  # fmt: skip
-    """y += sum over the site's K lists of h times the expert's rows [R_site, O]; one pass over y a list."""
-    num_tokens, num_out = y_TO.shape
-    padded = pairs.total_LN.shape[1]
-    block_t = _tile_rows(num_tokens, shape.num_experts)
-    block_o = 128 if num_out > 64 else 64
-    grid = (triton.cdiv(num_tokens, block_t) + shape.num_experts, triton.cdiv(num_out, block_o))
-    for j in range(k):
-        grouped_expand[grid](
-            hidden_LTR, rows_RO, tables.start_Z, tables.rank_Z, pairs.order_LT, pairs.total_LN, y_TO,
-            site * k + j, site, base_slot, num_tokens, num_out, y_TO.stride(0), shape.num_experts,
-            NP=padded, RP=hidden_LTR.shape[2], BLOCK_T=block_t, BLOCK_O=block_o, num_warps=4,
-        )  # fmt: skip
-    return y_TO
-
-
-def outer_pairs(
-    hidden_LTR: Tensor, x_TI: Tensor, tables: GroupTables, shape: GroupShape, pairs: Pairs, k: int,
-    site: int, base_slot: int,
-) -> Tensor:  # fmt: skip
-    """fp32 [R_site, I]: per expert the sum over its pairs of h^T x."""
-    x_TI, (num_tokens, width) = _rows(x_TI), x_TI.shape
-    out = x_TI.new_empty(shape.slots[site], width, dtype=torch.float32)  # every slot is an expert's, so it is written
-    block_i = 64
-    grouped_outer[(shape.num_experts, triton.cdiv(width, block_i))](
-        hidden_LTR, x_TI, tables.start_Z, tables.rank_Z, pairs.order_LT, pairs.total_LN, out,
-        site * k, site, base_slot, num_tokens, width, x_TI.stride(0), shape.num_experts,
-        NP=pairs.total_LN.shape[1], K=k, RP=hidden_LTR.shape[2], BLOCK_P=64, BLOCK_I=block_i, num_warps=4,
-    )  # fmt: skip
-    return out

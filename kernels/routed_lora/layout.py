@@ -107,3 +107,19 @@ def split_gates(vectors_ZI: Tensor, dtype: torch.dtype) -> PreparedGates:
     high = vectors_ZI.to(dtype)
     low = (vectors_ZI - high.to(vectors_ZI.dtype)).to(dtype)
     return PreparedGates(vectors_ZI, high, low, (high.double() + low.double()).sum(1).float())
+
+
+def stack_factors(a_RI: Tensor, gates: PreparedGates) -> tuple[Tensor, PreparedGates, Tensor]:
+    """(A, gates, stack [P, I]) with the same numbers, A and both parts of the gates as views of one matrix.
+
+    The stack's rows are A's, the gates' leading parts, their rests, and zeros up to a multiple of 8, which is what the library's
+    fastest products want of their fp32 outputs. One product with it is all that routing and shrink of a group read of x beside
+    its mean and variance. fp32 tokens have no parts: A and gates as they are, and an empty stack.
+    """
+    if not gates.high_ZI.numel():
+        return a_RI, gates, a_RI.new_empty(0, a_RI.shape[1])
+    parts = [a_RI, gates.high_ZI, gates.low_ZI]
+    rows = [len(part) for part in parts]
+    stack_PI = torch.cat([*parts, a_RI.new_zeros(-sum(rows) % 8, a_RI.shape[1])])
+    a, high, low = stack_PI[: sum(rows)].split(rows)
+    return a, gates._replace(high_ZI=high, low_ZI=low), stack_PI

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
+from ..sizes import power_of_two
+
 Content = TypeVar("Content")
 
 
@@ -16,7 +18,9 @@ class Tiles(NamedTuple):
 
     Powers of two; columns of linear_expand by descriptors also the sum of two.
 
-    loads   addresses. copies: by descriptors (descriptors.py). joined: so, and base product and expand in one loop
+    loads      addresses. copies: by descriptors (descriptors.py). joined: so, and base product and expand in one loop
+    registers  most a thread of route_shrink or masked_shrink may have, so that more programs fit on a multiprocessor
+               (route_shrink's then wait for what statistics read, instead of reading it a step ahead); None: as many as it likes
     """
 
     rows: int
@@ -25,6 +29,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     loads: str = "addresses"
+    registers: int | None = None
 
 
 LIMITLESS = 2**62
@@ -32,8 +37,9 @@ MOST_FUSED = 64
 
 Table = list[tuple[int, int, Tiles]]
 """Entries: tokens up to, input width up to, tiles; the first that holds."""
-CopiesTable = list[tuple[int, int, Tiles | None]]
-"""The same for launches that copy by descriptors; None: by addresses, with the tiles of the other table."""
+CopiesTable = list[tuple[int, int, int, Tiles | None]]
+"""For launches that copy by descriptors. Entries: tokens, input width and sites of the group up to, tiles; None: by addresses,
+with the tiles of the other table."""
 
 # Measured up to 32,768 tokens with a layer of SmolLM2 (benchmarks/results/2026-11-26_routed_lora_tune_h100.json); up to 512
 # tokens estimates of before.
@@ -48,17 +54,28 @@ ROUTE_ONLY: Table = [
     (1024, LIMITLESS, Tiles(16, 16, 128, 2, 3)),
     (LIMITLESS, LIMITLESS, Tiles(64, 16, 64, 4, 3)),
 ]
-# routing and shrink as two launches: tokens up to, width up to, whether
-SHRINK_APART: list[tuple[int, int, bool]] = [
-    (LIMITLESS, LIMITLESS, False),
-]
-# same file, from 1,024 tokens on
+# the shrink where routing is a launch of its own (more than MOST_FUSED experts); same file, from 1,024 tokens on
 MASKED_SHRINK: Table = [
     (1024, LIMITLESS, Tiles(64, 64, 64, 4, 4)),
     (8192, LIMITLESS, Tiles(64, 128, 64, 4, 3)),
     (LIMITLESS, LIMITLESS, Tiles(128, 128, 64, 4, 3)),
 ]
-# tokens of `stock` up to which a captured graph gets the base products as a branch of their own
+# measured with LINEAR_EXPAND_COPIES below
+MASKED_SHRINK_COPIES: CopiesTable = [
+    (1024, LIMITLESS, 3, None),
+    (8192, 1024, 1, Tiles(128, 256, 64, 8, 4, "copies")),
+    (8192, 1024, 2, Tiles(64, 128, 64, 4, 3, "copies")),
+    (LIMITLESS, 1024, 3, Tiles(128, 128, 64, 4, 3, "copies")),
+    (LIMITLESS, 2048, 1, Tiles(128, 256, 64, 8, 4, "copies")),
+    (LIMITLESS, LIMITLESS, 3, None),
+]
+# what follows the library's product of `split` and `split_fused`: columns the slots written at a time, depth the numbers of x
+# read at a time. By arithmetic: a program a token until they are several waves. Not measured.
+WEIGH_PRODUCTS: Table = [
+    (2048, LIMITLESS, Tiles(1, 256, 1024, 4, 1)),
+    (LIMITLESS, LIMITLESS, Tiles(2, 256, 1024, 4, 1)),
+]
+# tokens of `stock` and `split` up to which a captured graph gets the base products as a branch of their own
 BESIDE: list[int] = [8192]
 # same file from 1,024 tokens on; below, the fastest of 2026-11-26_routed_lora_h100_first.json there, where this kernel was timed
 LINEAR_EXPAND: Table = [
@@ -66,19 +83,41 @@ LINEAR_EXPAND: Table = [
     (8192, LIMITLESS, Tiles(128, 64, 64, 4, 3)),
     (LIMITLESS, LIMITLESS, Tiles(256, 128, 64, 8, 4)),
 ]
-# By descriptors: a layer of SmolLM2 with 4,096 tokens takes 0.171 ms instead of 0.208 by addresses, with 32,768 0.852 instead of
-# 1.031 (2026-11-26_routed_lora_copies_h100.json there). Wider inputs were not timed.
+# By descriptors. SmolLM2 and LLaMA3-8B (wider than 2,048) on an H200, group by group (2026-11-26_routed_lora_overlap_h200.json
+# there). A layer of SmolLM2 with 4,096 tokens takes 0.125 ms with these tables and OVERLAP where the tiles before them took 0.167,
+# with 32,768 0.768 and 0.798
 LINEAR_EXPAND_COPIES: CopiesTable = [
-    (1024, LIMITLESS, None),
-    (8192, 2048, Tiles(128, 128, 64, 4, 3, "copies")),
-    (LIMITLESS, 2048, Tiles(128, 192, 64, 4, 2, "copies")),
-    (LIMITLESS, LIMITLESS, None),
+    (1024, 2048, 3, None),
+    (256, 4096, 3, Tiles(128, 128, 64, 4, 3, "copies")),
+    (256, LIMITLESS, 3, None),
+    (8192, 1024, 1, Tiles(64, 192, 64, 4, 2, "copies")),
+    (8192, 1024, 2, Tiles(128, 128, 64, 4, 2, "copies")),
+    (8192, 1024, 3, Tiles(64, 192, 64, 4, 2, "copies")),
+    (LIMITLESS, 1024, 1, Tiles(128, 192, 64, 4, 2, "copies")),
+    (LIMITLESS, 1024, 2, Tiles(128, 128, 64, 4, 2, "copies")),
+    (LIMITLESS, 1024, 3, Tiles(128, 192, 64, 4, 2, "copies")),
+    (LIMITLESS, 2048, 3, Tiles(128, 144, 64, 4, 3, "copies")),
+    (LIMITLESS, LIMITLESS, 3, Tiles(128, 128, 64, 4, 3, "copies")),
 ]
 ROUTE_SHRINK_COPIES: CopiesTable = [
-    (1024, LIMITLESS, None),
-    (8192, 2048, Tiles(128, 128, 64, 8, 4, "copies")),
-    (LIMITLESS, 2048, Tiles(128, 256, 64, 8, 4, "copies")),
-    (LIMITLESS, LIMITLESS, None),
+    (1024, 4096, 2, None),
+    (1024, 2048, 3, None),
+    (256, LIMITLESS, 3, None),
+    (1024, LIMITLESS, 3, Tiles(64, 128, 64, 4, 3, "copies", 168)),
+    (8192, 1024, 1, Tiles(64, 128, 64, 4, 3, "copies", 168)),
+    (8192, 1024, 3, Tiles(64, 128, 64, 4, 2, "copies", 168)),
+    (8192, 2048, 3, Tiles(64, 128, 64, 4, 3, "copies")),
+    (8192, LIMITLESS, 1, Tiles(64, 128, 64, 4, 3, "copies", 168)),
+    (LIMITLESS, LIMITLESS, 3, Tiles(128, 256, 64, 8, 4, "copies")),
+]
+# Whether the launch that makes hm lets the linear_expand that follows it begin with its own last programs, on what
+# multiprocessors have left (programmatic dependent launch, Hopper and newer): tokens up to, width up to, whether. Measured with
+# the tables above at 4,096 tokens of SmolLM2 (a layer 0.125 ms, without 0.155) and at 32,768 (0.770, without 0.783); few tokens
+# and wide inputs were not.
+OVERLAP: list[tuple[int, int, bool]] = [
+    (1024, LIMITLESS, False),
+    (LIMITLESS, 2048, True),
+    (LIMITLESS, LIMITLESS, False),
 ]
 # tokens from which eager calls make descriptors, too: an estimate of where a launch takes longer than they do
 EAGER_COPIES: list[int] = [16384]
@@ -103,8 +142,10 @@ CANDIDATES: dict[str, list[Tiles]] = {
         Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 128, 8, 3), Tiles(128, 256, 64, 8, 4),
     ],
     "route_shrink_copies": [
-        Tiles(64, 128, 64, 4, 3, "copies"), Tiles(64, 256, 64, 8, 3, "copies"), Tiles(128, 128, 64, 8, 3, "copies"),
-        Tiles(128, 128, 64, 8, 4, "copies"), Tiles(128, 256, 64, 8, 3, "copies"), Tiles(128, 256, 64, 8, 4, "copies"),
+        Tiles(64, 128, 64, 4, 3, "copies"), Tiles(128, 128, 64, 8, 4, "copies"), Tiles(128, 256, 64, 8, 4, "copies"),
+        Tiles(64, 128, 32, 4, 4, "copies"), Tiles(64, 128, 64, 4, 2, "copies", 168), Tiles(64, 128, 64, 4, 3, "copies", 168),
+        Tiles(128, 128, 64, 8, 2, "copies", 128), Tiles(128, 128, 64, 8, 3, "copies", 128),
+        Tiles(128, 128, 32, 8, 6, "copies", 128), Tiles(128, 256, 64, 8, 4, "copies", 255),
     ],
     "route_only": [
         Tiles(16, 16, 128, 2, 3), Tiles(32, 16, 64, 2, 3), Tiles(32, 16, 64, 4, 3), Tiles(32, 16, 128, 4, 3),
@@ -115,17 +156,24 @@ CANDIDATES: dict[str, list[Tiles]] = {
         Tiles(128, 64, 64, 4, 4), Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 64, 4, 3),
         Tiles(128, 256, 64, 8, 3), Tiles(128, 256, 64, 8, 4), Tiles(256, 128, 64, 8, 3),
     ],
+    "masked_shrink_copies": [
+        Tiles(64, 128, 64, 4, 3, "copies"), Tiles(128, 64, 64, 4, 3, "copies"), Tiles(128, 128, 64, 4, 3, "copies"),
+        Tiles(128, 128, 64, 8, 3, "copies", 128), Tiles(128, 256, 64, 8, 4, "copies"),
+    ],
     "linear_expand": [
         Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 3), Tiles(128, 64, 64, 4, 3), Tiles(128, 64, 64, 4, 4),
         Tiles(128, 128, 64, 4, 3), Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3), Tiles(128, 256, 64, 8, 4),
         Tiles(256, 128, 64, 8, 3), Tiles(256, 128, 64, 8, 4),
     ],
     "linear_expand_copies": [
-        Tiles(128, 64, 64, 4, 4, "copies"), Tiles(128, 128, 64, 4, 3, "copies"), Tiles(128, 128, 64, 8, 3, "copies"),
-        Tiles(128, 192, 64, 4, 2, "copies"), Tiles(128, 192, 64, 8, 4, "copies"), Tiles(128, 256, 64, 8, 4, "copies"),
-        Tiles(256, 128, 64, 8, 4, "copies"), Tiles(256, 192, 64, 8, 3, "copies"), Tiles(128, 64, 64, 4, 3, "joined"),
-        Tiles(128, 128, 64, 4, 2, "joined"), Tiles(128, 192, 64, 8, 3, "joined"), Tiles(128, 256, 64, 8, 3, "joined"),
-        Tiles(256, 128, 64, 8, 3, "joined"), Tiles(256, 192, 64, 8, 2, "joined"),
+        Tiles(128, 128, 64, 4, 3, "copies"), Tiles(128, 192, 64, 4, 2, "copies"), Tiles(128, 128, 64, 4, 2, "copies"),
+        Tiles(128, 144, 64, 4, 3, "copies"), Tiles(128, 96, 64, 4, 2, "copies"), Tiles(256, 128, 64, 8, 3, "joined"),
+        Tiles(64, 192, 64, 4, 2, "copies"), Tiles(128, 256, 64, 8, 4, "copies"), Tiles(256, 128, 64, 8, 4, "copies"),
+        Tiles(256, 144, 64, 8, 3, "copies"),
+    ],
+    "weigh_products": [
+        Tiles(1, 256, 1024, 4, 1), Tiles(1, 256, 2048, 8, 1), Tiles(1, 256, 1024, 2, 1), Tiles(2, 256, 1024, 4, 1),
+        Tiles(4, 128, 512, 4, 1),
     ],
     "decode_one": [
         Tiles(1, 1, 1024, 4, 1), Tiles(1, 2, 1024, 4, 1), Tiles(1, 4, 1024, 4, 1), Tiles(1, 8, 512, 4, 1),
@@ -144,6 +192,13 @@ def choose(table: Sequence[tuple[int, int, Content]], num_tokens: int, width: in
     return next(found for tokens, widths, found in table if num_tokens <= tokens and width <= widths)
 
 
+def choose_copies(table: CopiesTable, num_tokens: int, width: int, sites: int) -> Tiles | None:
+    """The same for a group of so many sites: programs of more sites fill a GPU with larger tiles."""
+    return next(
+        found for tokens, widths, most, found in table if num_tokens <= tokens and width <= widths and sites <= most
+    )
+
+
 def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) -> Tiles:
     """Tiles of the routing kernel. More than MOST_FUSED experts leave no registers for a shrink beside their scores."""
     if shrink:
@@ -154,32 +209,100 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 
 
 # Which formulation takes a call: read downwards, the first line that holds. Columns: tokens up to, rank slots of a site
-# up to, input width up to, formulation. Measured with 16 experts and a layer of SmolLM2, ms (2026-11-26_routed_lora_tune_h100.json):
-# 16 tokens decode 0.057, stock 0.057, fused 0.064; 64 tokens fused 0.056, decode 0.098; 4,096 tokens fused and stock about equal;
-# 32,768 tokens fused 1.064, stock 1.14. The other lines come from the first kernels (2026-11-26_routed_lora_h100_first.json; up to
-# 512 tokens they agreed with fp64): LLaMA3-8B's layer, 16 experts, 128 / 512 / 4,096 tokens, grouped 0.661 / 0.847 / 3.65, stock
-# 0.743 / 0.996 / 3.14; SmolLM2's with 64 experts, 128 / 512, stock 0.131 / 0.229, grouped 0.181 / 0.192. Estimates: wider inputs
-# beyond 512 tokens, where `stock` has another first pass today, and all other numbers of experts.
+# up to, input width up to, formulation. Measured on an H100 with experts of rank 16, ms a layer of seven linears unless said
+# otherwise; the files are 2026-11-27_routed_lora_{layers,split,many}_h100.json, 2026-11-26_routed_lora_{overlap_h200,tune_h100}.json.
+#   SmolLM2, 16 experts   16 tokens decode 0.057, fused 0.064; 4,096 fused 0.131, stock 0.182, grouped 0.240; 32,768 fused 0.784,
+#                         stock 0.925 (the last two on an H200)
+#   SmolLM2, 4 experts    32 tokens split 0.056, fused 0.069; 512 fused 0.071, split 0.082; 64 experts, 1: split 0.074, fused 0.096
+#   SmolLM2, 166 experts  32 tokens decode 0.083, split 0.120; 512 split 0.180, grouped 0.314; 4,096 grouped 0.387, split 0.731
+#   LLaMA3-8B, 16 experts 1 token decode 0.203, split 0.224; 32 split 0.233, decode 0.430; 512 split 0.447, fused 0.656; 1,024 split
+#                         0.794, fused 0.978; 4,096 stock 2.998, split 3.046, fused 3.413
+# Estimates: between these numbers of tokens and experts; many experts and wide inputs.
 CROSSOVERS: list[tuple[int, int, int, str]] = [
-    (16, LIMITLESS, 2048, "decode"),
+    (16, LIMITLESS, LIMITLESS, "decode"),
+    (64, 512, 2048, "split"),
     (LIMITLESS, 512, 2048, "fused"),
-    (64, LIMITLESS, LIMITLESS, "decode"),
-    (1024, 512, LIMITLESS, "grouped"),
+    (1024, 512, LIMITLESS, "split"),
     (LIMITLESS, 512, LIMITLESS, "stock"),
+    (64, LIMITLESS, LIMITLESS, "decode"),
+    (512, LIMITLESS, 2048, "split"),
     (256, 1024, LIMITLESS, "stock"),
     (LIMITLESS, LIMITLESS, LIMITLESS, "grouped"),
 ]
 
 
 def formulation(num_tokens: int, slots: int, width: int, wide: bool = False) -> str:
-    """decode, fused, stock or grouped for a call; `wide` (fp32 numbers) leaves base products to the library."""
+    """decode, fused, stock, split, split_fused or grouped for a call. `wide` (fp32 numbers): base products are left to the library,
+    and scores to our kernel, whose fp32 products are never TF32."""
     name = next(
         found for tokens, most_slots, most_width, found in CROSSOVERS
         if num_tokens <= tokens and slots <= most_slots and width <= most_width
     )  # fmt: skip
-    return "stock" if wide and name == "fused" else name
+    return "stock" if wide and name in ("fused", "split", "split_fused") else name
 
 
 def by_pairs(num_tokens: int, slots: int, width: int) -> bool:
     """Whether training sorts (token, slot) pairs; else masked concatenation in plain PyTorch."""
     return formulation(num_tokens, slots, width) == "grouped"
+
+
+# Many experts ----------------------------------------------------------------------------------------------------------
+# Measured with 166 experts and a layer of SmolLM2 on an H100 (2026-11-27_routed_lora_many_h100.json there): 4,096 tokens 0.355 ms with
+# these tables, 32,768 1.69. Rows of route_many: tokens; columns is not read by it and by grouped_shrink.
+ROUTE_MANY: Table = [
+    (8192, LIMITLESS, Tiles(32, 16, 64, 4, 2)),
+    (LIMITLESS, LIMITLESS, Tiles(128, 16, 64, 8, 3)),
+]
+# pairs an expert has at the mean up to, rows of a tile of pairs
+PAIR_ROWS: list[tuple[int, int]] = [(15, 16), (40, 32), (197, 64), (LIMITLESS, 128)]
+# rows of both are the tile's of pairs; a tile of up to 32 has products too small for more than four warps
+GROUPED_SHRINK: Table = [
+    (8192, LIMITLESS, Tiles(16, 16, 64, 2, 4)),
+    (LIMITLESS, LIMITLESS, Tiles(16, 16, 64, 4, 3)),
+]
+GROUPED_EXPAND: Table = [
+    (8192, LIMITLESS, Tiles(16, 128, 16, 4, 1)),
+    (LIMITLESS, LIMITLESS, Tiles(16, 64, 16, 4, 1)),
+]
+# tokens up to which a captured graph gets grouped's base products as a branch of their own
+GROUPED_BESIDE: list[int] = [8192]
+CANDIDATES |= {
+    "route_many": [
+        Tiles(32, 16, 64, 4, 2), Tiles(64, 16, 64, 4, 2), Tiles(64, 16, 32, 4, 3), Tiles(128, 16, 64, 8, 2),
+        Tiles(128, 16, 64, 8, 3), Tiles(128, 16, 32, 8, 4),
+    ],
+    "grouped_shrink": [
+        Tiles(16, 16, 64, 2, 4), Tiles(16, 16, 64, 4, 3), Tiles(16, 16, 64, 4, 4), Tiles(16, 16, 128, 4, 3),
+    ],
+    "grouped_expand": [
+        Tiles(16, 64, 16, 4, 1), Tiles(16, 128, 16, 4, 1), Tiles(16, 128, 16, 8, 1), Tiles(16, 256, 16, 4, 1),
+        Tiles(16, 256, 16, 8, 1),
+    ],
+}  # fmt: skip
+MOST_SHARED = 220 * 1024  # bytes a program of route_many takes at most; a multiprocessor of Hopper has 227 KiB
+PAIR_ROWS_CHOICES = [[(LIMITLESS, rows)] for rows in (16, 32, 64, 128)]
+
+
+def pair_rows(num_tokens: int, num_experts: int) -> int:
+    """(token, slot) pairs in a tile of one expert: about what an expert gets in a list."""
+    return next(rows for most, rows in PAIR_ROWS if num_tokens // max(num_experts, 1) <= most)
+
+
+def most_tiles(num_tokens: int, num_experts: int) -> int:
+    """Tiles that a list of pairs has at most, whichever experts were chosen."""
+    return -(-num_tokens // pair_rows(num_tokens, num_experts)) + num_experts
+
+
+def plan_length(num_tokens: int, num_experts: int) -> int:
+    """Numbers in a list's plan (triton_grouped.py): a count an expert, three numbers a tile."""
+    return power_of_two(num_experts, 16) + 3 * most_tiles(num_tokens, num_experts)
+
+
+def route_many_tiles(num_tokens: int, width: int, columns: int) -> Tiles:
+    """Tiles of the routing kernel for many experts: what registers and shared memory hold of so many columns."""
+    found, whole = choose(ROUTE_MANY, num_tokens, width), power_of_two(columns)
+    rows, depth = min(found.rows, (32768 if whole <= 256 else 16384) // whole), min(found.depth, 16384 // whole)
+    rows, depth = max(16, rows), max(16, depth)
+    stages = min(found.stages, MOST_SHARED // ((rows + 2 * columns) * depth * 2))
+    warps = max(found.warps, power_of_two(-(-rows * columns // 4096)))
+    return found._replace(rows=rows, depth=depth, stages=max(1, stages), warps=warps)

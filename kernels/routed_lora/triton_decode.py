@@ -18,7 +18,7 @@ from .triton_route import pick
 @triton.jit
 def decode_base(
     p_x, p_w, p_bias, p_gate, p_gate_low, p_y, p_dot, num_tokens, width, s_x, num_gates,
-    out_0, out_1, out_2, to_w1, to_w2, to_bias1, to_bias2, to_y1, to_y2,
+    out_0, out_1, out_2, to_w1, to_w2, to_bias1, to_bias2, to_y1: tl.int64, to_y2: tl.int64,
     SITES: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,8 @@ def _rows_times(p_x, p_rows, o_t, m_t, m_o, width, s_x, ROWS: tl.constexpr, BLOC
 @triton.jit
 def decode_update(
     p_x, p_dot, p_shift, p_absent, p_start, p_rank, p_a, p_b, p_y, p_part,
-    width, s_x, num_experts, num_sites, out_0, out_1, out_2, slots_0, slots_1, to_b1, to_b2, to_y1, to_y2, splits,
+    width, s_x, num_experts, num_sites, out_0, out_1, out_2, slots_0, slots_1, to_b1, to_b2, to_y1: tl.int64, to_y2: tl.int64,
+    splits,
     K: tl.constexpr, KP: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, ARROW: tl.constexpr, SITES: tl.constexpr,
     PHASE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip

@@ -3,12 +3,15 @@
 The expand is a second loop over rank slots into the same accumulator, so y is written once and never read. Weights,
 biases, B and outputs of the second and third site are given as distances (in elements) from the first one's.
 TMA: x, hm and every site's W and B come as descriptors instead (triton_descriptors.py).
+FOLLOWS: the launch may begin before the one that makes hm has ended, and waits for that one's end between both products:
+before it reads hm, and before it writes y, where that one's readers may have been.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .triton_descriptors import copied_products
 from .triton_route import add_products, pick, site_tile
@@ -17,7 +20,8 @@ from .triton_route import add_products, pick, site_tile
 @triton.jit
 def loaded_products(
     p_x, p_h, p_w, p_b, i_t, i_o, first, num_tokens, width, num_out, slots, s_x, s_h,
-    EVEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN: tl.constexpr, FOLLOWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """x W^T + hm B [BLOCK_T, BLOCK_O] fp32 of one tile of one site, by addresses."""
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -30,6 +34,8 @@ def loaded_products(
     p_cols = p_w + o_oc[None, :] * width + o_i[:, None]
     acc = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
     acc = add_products(acc, p_rows, p_cols, o_i, width, EVEN, BLOCK_I)
+    if FOLLOWS:
+        gdc_wait()
     o_r = tl.arange(0, BLOCK_R)
     p_hidden = p_h + o_tc[:, None] * s_h + first + o_r[None, :]
     p_up = p_b + o_r[:, None] * num_out + o_o[None, :]
@@ -61,11 +67,11 @@ def store_tile(
 def linear_expand(
     p_x, p_h, p_w, p_bias, p_b, p_y, num_tokens, width, s_x, s_h,
     out_0, out_1, out_2, slots_0, slots_1, slots_2,
-    to_w1, to_w2, to_bias1, to_bias2, to_b1, to_b2, to_y1, to_y2,
+    to_w1, to_w2, to_bias1, to_bias2, to_b1, to_b2, to_y1: tl.int64, to_y2: tl.int64,
     d_x, d_h, d_w0, d_w1, d_w2, d_b0, d_b1, d_b2, d_more_w0, d_more_w1, d_more_w2, d_more_b0, d_more_b1, d_more_b2,
     SITES: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, JOINED: tl.constexpr,
-    MORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    SWEEP: tl.constexpr,
+    FOLLOWS: tl.constexpr, MORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
     """One program, one tile [BLOCK_T, BLOCK_O + MORE] of one site; SWEEP token blocks share a column block in L2.
 
@@ -94,12 +100,12 @@ def linear_expand(
     if TMA:
         acc, more = copied_products(
             d_x, d_h, d_w, d_b, d_more_w, d_more_b, i_t, i_o, first, width, slots,
-            JOINED, BLOCK_T, BLOCK_O, MORE, BLOCK_I, BLOCK_R,
+            JOINED, FOLLOWS, BLOCK_T, BLOCK_O, MORE, BLOCK_I, BLOCK_R,
         )  # fmt: skip
     else:
         acc = loaded_products(
             p_x, p_h, p_w, p_b, i_t, i_o, first, num_tokens, width, num_out, slots, s_x, s_h,
-            EVEN, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R,
+            EVEN, FOLLOWS, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R,
         )  # fmt: skip
     o_o = i_o * COLUMNS
     store_tile(p_y, p_bias, acc, i_t, o_o, num_tokens, num_out, BIAS, BLOCK_T, BLOCK_O)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .triton_descriptors import copied_shrink
 
@@ -98,14 +99,18 @@ def route_shrink(
     num_tokens, width, s_x, s_h, num_experts, slots_0, slots_1, slots_2, to_low,
     d_x, d_gate, d_a, sites,
     K: tl.constexpr, NP: tl.constexpr, ARROW: tl.constexpr, SPLIT: tl.constexpr, SHRINK: tl.constexpr,
-    STORE: tl.constexpr, TMA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    STORE: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, BEGINS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Grid (slot blocks x sites x token blocks): those that read the same tokens run side by side.
 
     STORE: write weight fp32 and index int32 [S, T, K] (slot block 0).
     SPLIT: gates come as two 16-bit parts, to_low elements apart, side by side in one product; else one fp32 matrix.
-    SHRINK: also h [T, R], in x's dtype. TMA: only with SPLIT and SHRINK.
+    SHRINK: also h [T, R], in x's dtype. TMA: only with SPLIT and SHRINK; AHEAD is its.
+    BEGINS: the launch behind this one may begin as soon as programs have room, and waits for this one's end by itself.
     """
+    if BEGINS:
+        gdc_launch_dependents()
     pid, blocks_r = tl.program_id(0), 1
     if SHRINK:
         blocks_r = tl.cdiv(max(slots_0, max(slots_1, slots_2)), BLOCK_R)
@@ -125,7 +130,7 @@ def route_shrink(
         p_rows = p_x + tl.where(m_t, o_t, 0).to(tl.int64)[:, None] * s_x
         b_sum, b_squares, b_parts, b_h = copied_shrink(
             d_x, d_gate, d_a, p_rows, i_t, i_s * num_experts, first + i_r * BLOCK_R, width,
-            NP, ARROW, BLOCK_T, BLOCK_R, BLOCK_I,
+            NP, ARROW, AHEAD, BLOCK_T, BLOCK_R, BLOCK_I,
         )  # fmt: skip
     else:
         p_rows = p_x + o_t.to(tl.int64)[:, None] * s_x

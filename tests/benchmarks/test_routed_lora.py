@@ -137,7 +137,30 @@ def test_whole_models_are_compared_before_they_are_timed(monkeypatch: pytest.Mon
     ]  # fmt: skip
     assert all(c["ms"] > 0 and c["share"] > 0 for c in cells)
     assert cells[1]["sites_error"]["2x8"] < 1e-2
-    assert all(c["logits_error"] < 2e-2 for c in cells[1:])
+    assert cells[1]["logits_error"] <= 1.2 * cells[1]["logits_error_plain"] < 0.1
+    assert all(c["logits_error"] < 2e-2 for c in cells[2:])
+
+
+def test_a_model_further_from_fp32_than_its_plain_twin_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import routed_lora_whole
+
+    right = routed_lora_whole.forward
+
+    def wrong(model: Any, ids: Any) -> Any:
+        state = getattr(model, "routing_state", None)
+        banks = [] if state is None else [site.adapter.shared for site in state.modules.values()]
+        return (
+            right(model, ids)
+            if all(b.implementation == "reference" for b in banks)
+            else lambda: 1.1 * right(model, ids)()
+        )
+
+    monkeypatch.setattr(routed_lora_whole, "forward", wrong)
+    cells = whole(monkeypatch, tmp_path / "found.json", "--parts", "models")
+    assert [c["what"] for c in cells if "ms" in c] == ["base"]
+    assert [c["refused"] for c in cells if "refused" in c] == ["red gate: ['2x8']"]
 
 
 def test_a_decode_step_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

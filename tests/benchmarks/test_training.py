@@ -56,6 +56,28 @@ def test_arms_run_and_are_added_to_the_file(monkeypatch: pytest.MonkeyPatch, tmp
         assert math.isfinite(line["loss"])
     assert found["16 gates, off"]["rows"] == found["1 gate, as many rows in all, off"]["rows"] == 16
     assert [line["what"] for line in lines if line["arm"] == "profile"] == ["12 experts", "16 gates"]
+    one = "1 gate, as many rows in all"
+    ratio = found["16 gates, off"]["ms"] / found[f"{one}, off"]["ms"]
+    (ratios,) = [line for line in lines if line["arm"] == "ratios"]
+    assert ratios[f"16 gates, time against {one}"] == pytest.approx(ratio, abs=0.01)
+
+
+def test_ratios_compare_what_one_call_measured() -> None:
+    import training
+
+    bench = object.__new__(training.Bench)
+    bench.modes, put = lambda: ("layers", "graph"), []
+    bench.put = lambda **line: put.append(line)
+    bench.found = {
+        ("peft", "plain loop"): {"tokens_per_second": 14_000},
+        ("ours", "12 experts graph"): {"tokens_per_second": 287_000},
+        ("ours", "16 experts layers"): {"tokens_per_second": 28_000},
+    }
+    bench.ratios()
+    assert put == [
+        {"arm": "ratios", "what": "layers", "16 experts, rate against PEFT's plain loop": 2.0},
+        {"arm": "ratios", "what": "graph", "12 experts, rate against PEFT's plain loop": 20.5},
+    ]
 
 
 @pytest.mark.usefixtures("group")

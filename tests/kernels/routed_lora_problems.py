@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from quietgoose.kernels.routed_lora import group_shape, group_tables, masked_hidden, route_group, split_gates
+from quietgoose.kernels.routed_lora import (
+    group_shape,
+    group_tables,
+    masked_hidden,
+    route_group,
+    split_gates,
+    stack_factors,
+)
 from quietgoose.kernels.testing import assert_close
 from torch import Tensor
 
@@ -73,6 +80,12 @@ def lists(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
     return list(split_gates(p.vectors, p.x.dtype)), list(group_tables(p.ranks, p.x.device))
 
 
+def stacked(p: Problem) -> tuple[Problem, list[Tensor], list[Tensor]]:
+    """(problem, gates, tables) with A and both parts of the gates in one matrix, the last of `gates`; 16 bits."""
+    a_RI, gates, stack = stack_factors(p.a, split_gates(p.vectors, p.x.dtype))
+    return p._replace(a=a_RI), [*gates, stack], list(group_tables(p.ranks, p.x.device))
+
+
 def exact(p: Problem, arrow: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(weights, index, update of every site) by the plain twin in fp64, on the very numbers the kernels read."""
     shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
@@ -88,10 +101,10 @@ def check_grouped_gradients(p: Problem, dtype: torch.dtype) -> list[Tensor]:
     """Outputs and gradients of shrink and expand against fp64; the gradients of x, weights, A and every B."""
     shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
     weights, index, _ = exact(p)
-    order, total = torch.ops.quietgoose.sort_experts(index.int(), shape.num_experts)
+    order, plan = torch.ops.quietgoose.sort_experts(index.int(), shape.num_experts)
     leaves = [t.clone().requires_grad_() for t in (p.x, weights.float(), p.a, *p.b)]
     hidden = torch.ops.quietgoose.shrink_experts(
-        *leaves[:2], order, total, leaves[2], tables.start_Z, tables.rank_Z, shape.slots, shape.widest
+        *leaves[:2], order, plan, leaves[2], tables.start_Z, tables.rank_Z, shape.slots, shape.widest
     )
     twins = [t.detach().double().requires_grad_() for t in leaves]
     hidden_twin = masked_hidden(twins[0], twins[2], tables.owner_R, shape.slots, twins[1], index, shape.num_experts)
@@ -101,7 +114,7 @@ def check_grouped_gradients(p: Problem, dtype: torch.dtype) -> list[Tensor]:
         ys.append(torch.zeros(len(p.x), p.b[site].shape[1], dtype=dtype, device=DEVICE, requires_grad=True))
         outs.append(
             torch.ops.quietgoose.expand_experts(
-                ys[-1], hidden[site], order[site], total[site], leaves[3 + site], own.start_Z, own.rank_Z, shape.widest
+                ys[-1], hidden[site], order[site], plan[site], leaves[3 + site], own.start_Z, own.rank_Z, shape.widest
             )
         )
         want_outs.append(part @ twins[3 + site])

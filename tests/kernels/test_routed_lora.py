@@ -113,9 +113,9 @@ def test_gate_logits_gradients_and_saved_bytes(sites: int) -> None:
 def test_every_call_has_a_formulation() -> None:
     assert formulation(1, 16, 576) == "decode"
     assert formulation(10**6, 10**6, 10**6) == "grouped"
-    known = {"decode", "fused", "stock", "grouped"}
+    known = {"decode", "fused", "stock", "split", "split_fused", "grouped"}
     for tokens in (1, 64, 65, 4096, 32768):
         for slots in (16, 256, 1024, 2656):
             for width in (192, 4096):
                 assert formulation(tokens, slots, width) in known
-                assert formulation(tokens, slots, width, wide=True) in known - {"fused"}
+                assert formulation(tokens, slots, width, wide=True) in known - {"fused", "split", "split_fused"}

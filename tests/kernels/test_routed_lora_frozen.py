@@ -67,10 +67,10 @@ def grouped(wanted: tuple[str, ...], dtype: torch.dtype = torch.float32) -> tupl
 
 def experts(y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y + the experts of one site, by sorted pairs."""
-    order, total = torch.ops.quietgoose.sort_experts(INDEX, len(RANKS))
+    order, plan = torch.ops.quietgoose.sort_experts(INDEX, len(RANKS))
     places = TABLES.start_Z, TABLES.rank_Z
-    hidden = torch.ops.quietgoose.shrink_experts(x, weight, order, total, a, *places, a.shape[:1], max(RANKS))
-    return torch.ops.quietgoose.expand_experts(y, hidden[0], order[0], total[0], b, *places, max(RANKS))
+    hidden = torch.ops.quietgoose.shrink_experts(x, weight, order, plan, a, *places, a.shape[:1], max(RANKS))
+    return torch.ops.quietgoose.expand_experts(y, hidden[0], order[0], plan[0], b, *places, max(RANKS))
 
 
 TABLES = group_tables([RANKS], torch.device(DEVICE))
@@ -100,7 +100,7 @@ CASES: dict[tuple[str, ...], tuple[tuple[int, int, int], set[str]]] = {
 
 @pytest.mark.parametrize("wanted", CASES, ids=lambda names: "+".join(names) or "y")
 def test_grouped_experts_make_and_keep_only_what_is_wanted(wanted: tuple[str, ...], monkeypatch) -> None:
-    from quietgoose.kernels.routed_lora import launch
+    from quietgoose.kernels.routed_lora import grouped as launches_of
 
     full, out, upstream = grouped(NAMES)
     want = dict(zip(NAMES, torch.autograd.grad(out, [full[name] for name in NAMES], upstream)))
@@ -109,7 +109,7 @@ def test_grouped_experts_make_and_keep_only_what_is_wanted(wanted: tuple[str, ..
         inputs, out, upstream = grouped(wanted)
     made: Counter[str] = Counter()
     for name in ("sort_pairs", "shrink_pairs", "expand_pairs_", "outer_pairs"):
-        monkeypatch.setattr(launch, name, counting(made, name, getattr(launch, name)))
+        monkeypatch.setattr(launches_of, name, counting(made, name, getattr(launches_of, name)))
     out.backward(upstream)
     launches, held = CASES[wanted]
     assert (made["shrink_pairs"], made["expand_pairs_"], made["outer_pairs"]) == launches
@@ -157,15 +157,15 @@ def test_a_compiled_step_asks_for_no_gradient_of_the_bank() -> None:
 def test_operators_are_what_torch_compile_takes_them_for(wanted: tuple[str, ...]) -> None:
     """Schemas, shapes without data and gradients agree with what runs (torch.library.opcheck)."""
     ops = torch.ops.quietgoose
-    order, total = ops.sort_experts(INDEX, len(RANKS))
+    order, plan = ops.sort_experts(INDEX, len(RANKS))
     places = TABLES.start_Z, TABLES.rank_Z
     x, weight, a, b = (t.detach().requires_grad_(name in wanted) for name, t in grouped(())[0].items())
-    hidden = ops.shrink_experts(x, weight, order, total, a, *places, [sum(RANKS)], max(RANKS)).detach()[0].clone()
+    hidden = ops.shrink_experts(x, weight, order, plan, a, *places, [sum(RANKS)], max(RANKS)).detach()[0].clone()
     y = normal(TOKENS, OUT).requires_grad_()
     torch.library.opcheck(ops.sort_experts.default, (INDEX, len(RANKS)))
-    given = (x, weight, order, total, a, *places, [sum(RANKS)], max(RANKS))
+    given = (x, weight, order, plan, a, *places, [sum(RANKS)], max(RANKS))
     torch.library.opcheck(ops.shrink_experts.default, given)
-    given = (y, hidden.requires_grad_(), order[0].clone(), total[0].clone(), b, *places, max(RANKS))
+    given = (y, hidden.requires_grad_(), order[0].clone(), plan[0].clone(), b, *places, max(RANKS))
     torch.library.opcheck(ops.expand_experts.default, given)
 
 

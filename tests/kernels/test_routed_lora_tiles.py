@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from quietgoose.kernels.routed_lora import descriptors as by_descriptor
-from quietgoose.kernels.routed_lora import group_shape, group_tables, launch, split_gates, tiles
+from quietgoose.kernels.routed_lora import group_shape, group_tables, launch, operators, split_gates, tiles
 from quietgoose.kernels.testing import assert_close
 
 from .routed_lora_problems import DEVICE, GPU, OTHERS, Problem, exact, lists, problem
@@ -81,6 +82,7 @@ OTHERS["copied, many slots"] = (70, 104, (40, 24), [[16] * 20] * 2, 2)
 OTHERS["copied, mixed ranks"] = (35, 72, (264,), [[1, 2, 3, 4, 6]], 3)
 COPIED = [case for case in OTHERS if case.startswith("copied")]
 COPYING = {name: tiles.CANDIDATES[name] for name in ("route_shrink_copies", "linear_expand_copies")}
+MASKING = tiles.CANDIDATES["masked_shrink_copies"]
 
 
 def ours(p: Problem, shrink: tiles.Tiles, product: tiles.Tiles, biases: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -95,7 +97,7 @@ def copies_of(p: Problem, shrink: tiles.Tiles, product: tiles.Tiles) -> list[Any
     shape, gates = group_shape(p.ranks), split_gates(p.vectors, p.x.dtype)
     hidden = p.x.new_empty(len(p.x), sum(shape.slots))
     return [
-        by_descriptor.route_way(shrink, p.x, gates, p.a, 32, max(shape.slots)),
+        by_descriptor.route_way(shrink, p.x, gates, p.a, 32, shape.slots),
         by_descriptor.linear_way(product, p.x, hidden, p.weights, p.b),
     ]
 
@@ -128,6 +130,17 @@ def test_routing_beside_copies_equals_fp64(arrow: bool) -> None:
             weight, chosen, _ = launch.route(p.x, gates, tables, shape, p.k, arrow, p.a, chosen=tile)
             assert_close("weights", weight, want, dtype=torch.float32)
             assert torch.equal(chosen.long(), index)
+
+
+@pytest.mark.parametrize("case", COPIED)
+def test_a_masked_shrink_of_copies_equals_the_one_beside_its_routing(case: str) -> None:
+    p = problem(case, torch.float16)
+    shape, tables = group_shape(p.ranks), group_tables(p.ranks, p.x.device)
+    weight, index, hidden = launch.route(p.x, split_gates(p.vectors, p.x.dtype), tables, shape, p.k, False, p.a)
+    for tile in MASKING:
+        assert by_descriptor.masked_way(tile, p.x, p.a, shape.slots) is not None
+        got = launch.shrink_masked(p.x, p.a, tables, shape, weight, index, chosen=tile)
+        assert_close(str(tile), got, hidden.double())
 
 
 def test_a_token_that_is_not_finite_spoils_itself_alone_in_copies() -> None:
@@ -165,7 +178,7 @@ def test_which_calls_take_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "EAGER_COPIES", [1000])
     hidden, tile = p.x.new_empty(len(p.x), 120), COPYING["linear_expand_copies"][0]
     for content, taken in ((None, False), (tile, True)):
-        monkeypatch.setattr(tiles, "LINEAR_EXPAND_COPIES", [(100, 2**40, None), (2**40, 2**40, content)])
+        monkeypatch.setattr(tiles, "LINEAR_EXPAND_COPIES", [(100, 2**40, 3, None), (2**40, 2**40, 3, content)])
         assert (by_descriptor.linear_way(None, p.x, hidden, p.weights, p.b) is not None) == taken
         assert by_descriptor.linear_way(None, p.x[:100], hidden[:100], p.weights, p.b) is None
     copied, plain = (by_descriptor.Way(tile, (), block_r) for block_r in (16, 32))
@@ -224,7 +237,7 @@ def test_a_capture_takes_descriptors_and_small_eager_calls_do_not(monkeypatch: p
     p = problem("real", torch.bfloat16)
     gates, tables = lists(p)
     for name, found in COPYING.items():
-        monkeypatch.setattr(tiles, name.upper(), [(tiles.LIMITLESS, tiles.LIMITLESS, found[-1])])
+        monkeypatch.setattr(tiles, name.upper(), [(tiles.LIMITLESS, tiles.LIMITLESS, 3, found[-1])])
     taken: list[bool] = []
 
     def ways(*given: Any, real: Any = by_descriptor.ways) -> Any:
@@ -247,3 +260,122 @@ def test_a_capture_takes_descriptors_and_small_eager_calls_do_not(monkeypatch: p
     assert taken == [False] * 4 + [True] * 2
     for y, twin in zip(got, want):
         assert_close("captured", y, twin.double())
+
+
+START = {
+    "": [("route", True, False), ("linear", False, True)],
+    "too many experts": [("shrink_masked", True, False), ("linear", False, True)],
+}
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("why", START)
+def test_who_begins_early_is_right_behind_one_that_lets_it(
+    why: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch in between would end when it likes: `follows` needs the very launch that lets it begin."""
+    p, calls = problem("copied, three sites", torch.float16), []
+    gates, tables = lists(p)
+    monkeypatch.setattr(launch, "overlap", lambda _: early)
+    if why == "too many experts":
+        monkeypatch.setattr(operators, "MOST_FUSED", 4)
+
+    def call(name: str, *given: Any, real: Any, begins: bool = False, follows: bool = False, **others: Any) -> Any:
+        calls.append((name, begins, follows))  # the interpreter knows no launch before this one
+        return real(*given, **others)
+
+    for name in ("route", "shrink_masked", "linear"):
+        monkeypatch.setattr(launch, name, partial(call, name, real=getattr(launch, name)))
+    got = torch.ops.quietgoose.routed_linears(p.x, p.weights, [], p.a, p.b, gates, tables, 5, 8, p.k, False, "fused")
+    want = START[why] if early else [(name, False, False) for name, *_ in START[why]]
+    assert [call for call in calls if call[0] in {name for name, *_ in want}] == want
+    for y, w, update in zip(got, p.weights, exact(p)[2]):
+        assert_close(why, y, p.x.double() @ w.double().t() + update)
+
+
+def test_a_launch_asks_for_what_only_one_compiler_knows_where_it_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's compiler of Triton refuses options it does not know, without a value too."""
+    p, asked = problem("copied, three sites", torch.float16), {}
+    gates, tables = lists(p)
+    for name in ("route_shrink", "masked_shrink", "linear_expand"):
+
+        class Recorded:
+            def __init__(self, name: str) -> None:
+                self.name, self.kernel = name, getattr(launch, name)
+
+            def __getitem__(self, grid: Any) -> Any:
+                return lambda *given, **options: (
+                    asked.setdefault(self.name, set()).update(options),
+                    self.kernel[grid](*given, **options),
+                )
+
+        monkeypatch.setattr(launch, name, Recorded(name))
+    for most in (tiles.MOST_FUSED, 0):
+        monkeypatch.setattr(operators, "MOST_FUSED", most)
+        torch.ops.quietgoose.routed_linears(p.x, p.weights, [], p.a, p.b, gates, tables, 5, 8, p.k, False, "fused")
+    assert asked.keys() == {"route_shrink", "masked_shrink", "linear_expand"}
+    assert all("num_warps" in options and not options & {"maxnreg", "launch_pdl"} for options in asked.values())
+    shape = group_shape(p.ranks)
+    limited = COPYING["route_shrink_copies"][-1]
+    assert limited.registers is not None
+    launch.route(
+        p.x,
+        split_gates(p.vectors, p.x.dtype),
+        group_tables(p.ranks, p.x.device),
+        shape,
+        p.k,
+        False,
+        p.a,
+        chosen=limited,
+    )
+    assert "maxnreg" in asked["route_shrink"]
+
+
+def test_tables_say_whether_a_launch_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By size, on Hopper and newer; not where rows are copied first, which would be a launch in between."""
+    monkeypatch.setattr(tiles, "OVERLAP", [(100, 64, True), (tiles.LIMITLESS, tiles.LIMITLESS, False)])
+    x = torch.zeros(100, 64)
+    assert not launch.overlap(x)
+    monkeypatch.setattr(launch, "_overlaps", lambda _: True)
+    assert [launch.overlap(x), launch.overlap(x.new_zeros(101, 64)), launch.overlap(x.t())] == [True, False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [300, 4096, 32768])
+def test_launches_that_overlap_give_the_same_bits(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain of groups, each reading the one before, in memory that is used again: what is read too early or written too early
+    is another group's. Captured and eager, by addresses and with every candidate of the products, and replayed."""
+    OTHERS["chain"] = (tokens, 576, (576,), [[16] * 16], 2)
+    p = problem("chain", torch.bfloat16)
+    gates, tables = lists(p)
+    monkeypatch.setattr(tiles, "EAGER_COPIES", [0])
+    every = tiles.LIMITLESS
+
+    def chain(x: torch.Tensor, early: bool) -> torch.Tensor:
+        tiles.OVERLAP[:] = [(every, every, early)]
+        for _ in range(6):
+            (y,) = torch.ops.quietgoose.routed_linears(
+                x, p.weights, [], p.a, p.b, gates, tables, 16, 16, p.k, False, "fused"
+            )
+            x = y / y.float().square().mean(1, keepdim=True).sqrt().to(y.dtype)
+        return y
+
+    monkeypatch.setattr(tiles, "OVERLAP", list(tiles.OVERLAP))
+    products = [] if tokens == 300 else COPYING["linear_expand_copies"]
+    for number, product in enumerate([None, *products, *products[:2]]):
+        monkeypatch.setattr(operators, "MOST_FUSED", 0 if number > len(products) else tiles.MOST_FUSED)
+        monkeypatch.setattr(tiles, "MASKED_SHRINK_COPIES", [(every, every, 3, MASKING[number % len(MASKING)])])
+        shrink = product and COPYING["route_shrink_copies"][number % len(COPYING["route_shrink_copies"])]
+        monkeypatch.setattr(tiles, "LINEAR_EXPAND_COPIES", [(every, every, 3, product)])
+        monkeypatch.setattr(tiles, "ROUTE_SHRINK_COPIES", [(every, every, 3, shrink)])
+        x, graph = p.x.clone(), torch.cuda.CUDAGraph()
+        want = [chain(sign * p.x, False) for sign in (1, -1)]
+        for _ in range(5):
+            assert torch.equal(chain(p.x, True), want[0]), (shrink, product)
+        with torch.cuda.graph(graph):
+            got = chain(x, True)
+        for replay in range(20):
+            x.copy_((1, -1)[replay % 2] * p.x)
+            graph.replay()
+            assert torch.equal(got, want[replay % 2]), (shrink, product)

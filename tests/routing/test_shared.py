@@ -92,6 +92,27 @@ def test_kernels_equal_the_plain_model(small, tokens, monkeypatch, router, metho
     assert_close("logits", got, want, limit=1e-5)
 
 
+@pytest.mark.parametrize("method", ["split", "split_fused"])
+def test_one_product_of_the_library_routes_a_16_bit_model(small, tokens, monkeypatch, method) -> None:
+    """A and gates stay parts of one matrix when the model is cast, and when it is given another router."""
+    model, library = small
+    tokens = tokens[:1, :3].to(DEVICE)
+    attach(model, library, implementation="triton")
+    model.half()
+    for router in ("phatgoose", "arrow"):
+        set_router(model, router)
+        for bank in banks(model):
+            whole = bank.stack_PI.untyped_storage().data_ptr()
+            parts = (bank.a_RI, bank.high_ZI, bank.low_ZI)
+            assert all(part.untyped_storage().data_ptr() == whole for part in parts)
+        found = []
+        for name in ("stock", method):
+            monkeypatch.setattr("quietgoose.routing.shared.formulation", lambda *_, n=name: n)
+            with torch.no_grad():
+                found.append(model(tokens).logits)
+        assert_close(router, found[1], found[0].double(), limit=5e-3)
+
+
 def test_a_bias_that_only_some_sites_of_a_group_have(small, tokens) -> None:
     model, library = small
     attention = model.model.layers[0].self_attn
@@ -137,11 +158,11 @@ def test_gradients_of_the_kernels_equal_the_twins(small, tokens, monkeypatch, me
 
 
 def test_pairs_are_sorted_once_for_a_group_and_its_backward(small, tokens, monkeypatch) -> None:
-    launch = pytest.importorskip("quietgoose.kernels.routed_lora.launch")
+    grouped = pytest.importorskip("quietgoose.kernels.routed_lora.grouped")
     sizes: list[tuple[int, ...]] = []
-    sort = launch.sort_pairs
+    sort = grouped.sort_pairs
     monkeypatch.setattr(
-        launch, "sort_pairs", lambda index, count: sizes.append(tuple(index.shape)) or sort(index, count)
+        grouped, "sort_pairs", lambda index, count: sizes.append(tuple(index.shape)) or sort(index, count)
     )
     monkeypatch.setattr("quietgoose.routing.shared.by_pairs", lambda *_: True)
     model, library = small

@@ -13,6 +13,7 @@ import torch
 from quietgoose.base.errors import QuietGooseError, RecipeError
 from quietgoose.kernels import linear_loss
 from quietgoose.routing.library import ExpertLibrary
+from quietgoose.routing.row_adapter import RowAdapter
 from quietgoose.train import capture, compiled
 from quietgoose.train.data import packed_attention
 from quietgoose.train.data.attention import FLEX, VARLEN, document_borders, model_inputs
@@ -107,6 +108,42 @@ def test_compiled_layers_equal_eager_ones_and_are_one_graph(quick_compiler, case
         "the first layer (no gradient of its input), the others, the head"
     )
     assert not quick_compiler["graph_break"]
+
+
+def test_compiled_code_takes_every_base_product(quick_compiler, monkeypatch) -> None:
+    """No site of a compiled layer adds its adapter by itself."""
+    batch = known(batch_of())
+    want = result(expert_job(), batch)
+    monkeypatch.setattr(RowAdapter, "forward", lambda *given: pytest.fail("the base's product was made apart"))
+    torch.testing.assert_close(result(expert_job("layers"), batch), want, rtol=1e-4, atol=1e-4)
+
+
+LISTENERS = {
+    "forward": lambda base: base.register_forward_hook(lambda module, given, made: made * 3),
+    "before": lambda base: base.register_forward_pre_hook(lambda module, given: given[0] * 3),
+}
+
+
+@pytest.mark.parametrize("what", LISTENERS)
+def test_a_base_that_is_listened_to_is_called(quick_compiler, what: str) -> None:
+    """Compiled code takes the base's product with the adapter's, but never past a hook of the base."""
+    plain, fast, batch = expert_job(), expert_job("layers"), known(batch_of())
+    quiet = result(plain, batch)
+    for job in (plain, fast):
+        LISTENERS[what](job.model.model.layers[1].mlp.up_proj.base)
+    want = result(plain, batch)
+    torch.testing.assert_close(result(fast, batch), want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(want, quiet, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("part", "bias"), [("weight", False), ("weight", True), ("bias", True)])
+def test_a_base_that_is_trained_is_called(monkeypatch, part: str, bias: bool) -> None:
+    """The operator has no gradient of the base."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    adapter, base = RowAdapter("site", 1.0), torch.nn.Linear(4, 3, bias=bias).requires_grad_(False)
+    assert adapter.takes_base(base)
+    base.get_parameter(part).requires_grad_()
+    assert not adapter.takes_base(base)
 
 
 def test_compiled_layers_recompute_activations(quick_compiler) -> None:

@@ -82,7 +82,9 @@ def test_a_control_is_a_run_like_any_other(tmp_path: Path) -> None:
     table = read_json(tmp_path / "run" / "stages" / "evaluate" / "result" / "thoughts.json")
     assert set(table["arms"]) == {"base", "no_thought", "temperature"}
     assert "what was thought" not in done.stdout + done.stderr, "there is no such page"
-    assert not (tmp_path / "run" / "stages" / "evaluate" / "result" / "deciles.json").exists(), "no thought saves anything"
+    assert not (tmp_path / "run" / "stages" / "evaluate" / "result" / "deciles.json").exists(), (
+        "no thought saves anything"
+    )
 
 
 def test_the_dry_run_knows_what_a_step_thinks() -> None:
