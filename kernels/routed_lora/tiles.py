@@ -213,7 +213,8 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 # otherwise; the files are 2026-11-27_routed_lora_{layers,split,many}_h100.json, 2026-11-26_routed_lora_{overlap_h200,tune_h100}.json.
 #   SmolLM2, 16 experts   16 tokens decode 0.057, fused 0.064; 4,096 fused 0.131, stock 0.182, grouped 0.240; 32,768 fused 0.784,
 #                         stock 0.925 (the last two on an H200)
-#   SmolLM2, 4 experts    32 tokens split 0.056, fused 0.069; 512 fused 0.071, split 0.082; 64 experts, 1: split 0.074, fused 0.096
+#   SmolLM2, 4 experts    32 tokens split and split_fused 0.056, fused 0.069; 512 split_fused 0.067, fused 0.071, split 0.082
+#   SmolLM2, 64 experts   1 token decode 0.040, split 0.074, fused 0.096
 #   SmolLM2, 166 experts  32 tokens decode 0.083, split 0.120; 512 split 0.180, grouped 0.314; 4,096 grouped 0.387, split 0.731
 #   LLaMA3-8B, 16 experts 1 token decode 0.203, split 0.224; 32 split 0.233, decode 0.430; 512 split 0.447, fused 0.656; 1,024 split
 #                         0.794, fused 0.978; 4,096 stock 2.998, split 3.046, fused 3.413
@@ -221,6 +222,7 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 CROSSOVERS: list[tuple[int, int, int, str]] = [
     (16, LIMITLESS, LIMITLESS, "decode"),
     (64, 512, 2048, "split"),
+    (512, 64, 2048, "split_fused"),
     (LIMITLESS, 512, 2048, "fused"),
     (1024, 512, LIMITLESS, "split"),
     (LIMITLESS, 512, LIMITLESS, "stock"),
