@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ..base.errors import QuietGooseError
+from ..base.waits import refusing_waits
 
 WARM_UPS = 2  # before a capture: library handles, autotuning
 KEPT_SHAPES = 2
@@ -142,7 +143,7 @@ def warm_up(function: Callable[[], Any], stream: torch.cuda.Stream) -> None:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     function()
-                with _refusing_waits():
+                with refusing_waits(_waits):
                     function()
         finally:
             torch.cuda.current_stream().wait_stream(stream)
@@ -160,19 +161,9 @@ def _collecting_no_garbage() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def _refusing_waits() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    except RuntimeError as error:
-        if "synchronizing CUDA operation" not in str(error):
-            raise
-        raise CannotCapture(
-            "the gradient pass of thoughts waits for the device (a number read on the host, a shape that depends on tokens), which no "
-            "CUDA graph can hold; it runs uncaptured. thoughts.capture: never does not try",
-            code="THT-007",
-        ) from error
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+def _waits() -> CannotCapture:
+    return CannotCapture(
+        "the gradient pass of thoughts waits for the device (a number read on the host, a shape that depends on tokens), which no "
+        "CUDA graph can hold; it runs uncaptured. thoughts.capture: never does not try",
+        code="THT-007",
+    )

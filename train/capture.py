@@ -10,14 +10,14 @@ rather than a module of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import QuietGooseError
+from ..base.waits import refusing_waits
 from .types import Batch
 
 WARM_UPS = 2
@@ -31,22 +31,12 @@ class CannotCapture(QuietGooseError):
     """RUN-006: the forward or backward waits for the device, found before anything is captured: it can go on uncaptured."""
 
 
-@contextmanager
-def _refusing_waits() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    except RuntimeError as error:
-        if "synchronizing CUDA operation" not in str(error):
-            raise
-        raise CannotCapture(
-            "train.compile: graph: this model's forward or backward waits for the device (a number read on the host, a shape "
-            "that depends on tokens), which no graph can hold; set train.compile: layers",
-            code="RUN-006",
-        ) from error
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+def _waits() -> CannotCapture:
+    return CannotCapture(
+        "train.compile: graph: this model's forward or backward waits for the device (a number read on the host, a shape "
+        "that depends on tokens), which no graph can hold; set train.compile: layers",
+        code="RUN-006",
+    )
 
 
 class Capture:
@@ -60,7 +50,7 @@ class Capture:
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self._once(run)
-            with _refusing_waits():
+            with refusing_waits(_waits):
                 self._once(run)
         torch.cuda.current_stream().wait_stream(stream)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()

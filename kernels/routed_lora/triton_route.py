@@ -94,6 +94,34 @@ def best(b_z, o_n, num_experts):
 
 
 @triton.jit
+def choose_best(b_z, o_n, num_experts, K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(K weights, not yet scaled, the K experts they are of, what scales them), each [BLOCK_T]."""
+    b_top = tl.max(b_z, axis=1)
+    b_all = tl.sum(tl.exp(b_z - b_top[:, None]), axis=1)
+    b_chosen = tl.zeros([BLOCK_T], dtype=tl.float32)
+    weights, indices = (), ()
+    for _ in tl.static_range(K):
+        b_score, b_index = best(b_z, o_n, num_experts)
+        b_weight = tl.exp(b_score - b_top)
+        b_chosen += b_weight
+        weights, indices = weights + (b_weight,), indices + (b_index,)
+        b_z = tl.where(o_n[None, :] == b_index[:, None], float("-inf"), b_z)
+    return weights, indices, 1.0 / (b_chosen + 1e-6 * b_all)
+
+
+@triton.jit
+def slot_shares(
+    p_owner, o_r, m_r, weights, indices, b_scale, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """[BLOCK_T, BLOCK_R]: the weight of the expert that a rank slot is of, 0 where it is not chosen."""
+    b_owner = tl.load(p_owner + o_r, mask=m_r, other=-1)
+    b_share = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+    for j in tl.static_range(K):
+        b_share += tl.where(b_owner[None, :] == indices[j][:, None], (weights[j] * b_scale)[:, None], 0.0)
+    return b_share
+
+
+@triton.jit
 def route_shrink(
     p_x, p_gate, p_shift, p_absent, p_a, p_owner, p_h, p_weight, p_index,
     num_tokens, width, s_x, s_h, num_experts, slots_0, slots_1, slots_2, to_low,
@@ -160,18 +188,7 @@ def route_shrink(
     b_shift = tl.load(p_shift + i_s * num_experts + o_n, mask=m_n, other=0.0)
     b_absent = tl.load(p_absent + i_s * num_experts + o_n, mask=m_n, other=float("-inf"))
     b_z = scores(b_dot, b_sum, b_squares, b_shift, b_absent, width, ARROW)
-    b_top = tl.max(b_z, axis=1)
-    b_all = tl.sum(tl.exp(b_z - b_top[:, None]), axis=1)
-    b_chosen = tl.zeros([BLOCK_T], dtype=tl.float32)
-    b_left = b_z
-    weights, indices = (), ()
-    for _ in tl.static_range(K):
-        b_score, b_index = best(b_left, o_n, num_experts)
-        b_weight = tl.exp(b_score - b_top)
-        b_chosen += b_weight
-        weights, indices = weights + (b_weight,), indices + (b_index,)
-        b_left = tl.where(o_n[None, :] == b_index[:, None], float("-inf"), b_left)
-    b_scale = 1.0 / (b_chosen + 1e-6 * b_all)
+    weights, indices, b_scale = choose_best(b_z, o_n, num_experts, K, BLOCK_T)
     if STORE:
         m_out = m_t & (i_r == 0)
         for j in tl.static_range(K):
@@ -179,9 +196,7 @@ def route_shrink(
             tl.store(p_weight + o_out, weights[j] * b_scale, mask=m_out)
             tl.store(p_index + o_out, indices[j], mask=m_out)
     if SHRINK:
-        b_owner = tl.load(p_owner + first + o_r, mask=m_r, other=-1)
-        b_share = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-        for j in tl.static_range(K):  # after the reductions: a share need not be held beside them
-            b_share += tl.where(b_owner[None, :] == indices[j][:, None], (weights[j] * b_scale)[:, None], 0.0)
+        # after the reductions: a share need not be held beside them
+        b_share = slot_shares(p_owner + first, o_r, m_r, weights, indices, b_scale, K, BLOCK_T, BLOCK_R)
         p_out = p_h + o_t.to(tl.int64)[:, None] * s_h + (first + o_r)[None, :]
         tl.store(p_out, (b_h * b_share).to(p_h.dtype.element_ty), mask=m_t[:, None] & m_r[None, :])

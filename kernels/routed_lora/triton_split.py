@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .triton_route import best, pick, row_sums, scores
+from .triton_route import choose_best, pick, row_sums, scores, slot_shares
 
 
 @triton.jit
@@ -45,25 +45,12 @@ def weigh_products(
     b_shift = tl.load(p_shift + i_s * num_experts + o_n, mask=m_n, other=0.0)
     b_absent = tl.load(p_absent + i_s * num_experts + o_n, mask=m_n, other=float("-inf"))
     b_z = scores(b_dot, b_sum, b_squares, b_shift, b_absent, width, ARROW)
-    b_top = tl.max(b_z, axis=1)
-    b_all = tl.sum(tl.exp(b_z - b_top[:, None]), axis=1)
-    b_chosen = tl.zeros([BLOCK_T], dtype=tl.float32)
-    weights, indices = (), ()
-    for _ in tl.static_range(K):
-        b_score, b_index = best(b_z, o_n, num_experts)
-        b_weight = tl.exp(b_score - b_top)
-        b_chosen += b_weight
-        weights, indices = weights + (b_weight,), indices + (b_index,)
-        b_z = tl.where(o_n[None, :] == b_index[:, None], float("-inf"), b_z)
-    b_scale = 1.0 / (b_chosen + 1e-6 * b_all)
+    weights, indices, b_scale = choose_best(b_z, o_n, num_experts, K, BLOCK_T)
     slots, first = pick(i_s, slots_0, slots_1, slots_2), pick(i_s, 0, slots_0, slots_0 + slots_1)
     for r in range(0, slots, BLOCK_R):
         o_r = r + tl.arange(0, BLOCK_R)
         m_r = o_r < slots
-        b_owner = tl.load(p_owner + first + o_r, mask=m_r, other=-1)
-        b_share = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-        for j in tl.static_range(K):
-            b_share += tl.where(b_owner[None, :] == indices[j][:, None], (weights[j] * b_scale)[:, None], 0.0)
+        b_share = slot_shares(p_owner + first, o_r, m_r, weights, indices, b_scale, K, BLOCK_T, BLOCK_R)
         m_out = m_t[:, None] & m_r[None, :]
         chosen = m_out & (b_share != 0.0)  # a share that is not a number is chosen too; what is not chosen is not read
         b_h = tl.load(p_row + (first + o_r)[None, :], mask=chosen, other=0.0) * b_share
