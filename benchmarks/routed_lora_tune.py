@@ -197,7 +197,7 @@ def _tune_many(report: Any, layer: Layer, shape: str, tokens: int) -> dict[str, 
                 tune(name, "stock", options)
                 found.pop(name, None)  # printed with its times; not a table by size
         if "formulations" in what:
-            _formulations(report, layer, **where)
+            time_formulations(report, layer, **where)
     finally:
         for name, content in kept.items():
             getattr(tiles, name.upper())[:] = content
@@ -263,7 +263,7 @@ def _timed(layer: Layer, method: str, check: Callable[[list[Tensor]], float]) ->
 # formulations --------------------------------------------------------------------------------------------------
 
 
-def _formulations(report: Any, layer: Layer, shape: str, tokens: int) -> None:
+def time_formulations(report: Any, layer: Layer, shape: str, tokens: int) -> None:
     """By width of the input, all groups of that width together: milliseconds of each formulation that is right, with the tables as
     they are, and the fastest; beside them the base alone and PEFT's LoRA of one expert. One line a width is what CROSSOVERS is to
     say."""
@@ -282,8 +282,8 @@ def _formulations(report: Any, layer: Layer, shape: str, tokens: int) -> None:
                 found[name] = round(sum(ms for ms in times if ms is not None), 4)
         if found:
             report.add(
-                part="formulation", shape=shape, experts=EXPERTS, tokens=tokens, width=width,
-                fastest=min(found, key=found.__getitem__), table=formulation(tokens, EXPERTS * RANK, width), **found,
+                part="formulation", shape=shape, experts=layer.experts, tokens=tokens, width=width,
+                fastest=min(found, key=found.__getitem__), table=formulation(tokens, layer.experts * RANK, width), **found,
                 **{
                     name: round(sum(_plain(layer.only(n), function) for n, wide, _ in groups if wide == width), 4)
                     for name, function in (("base", base), ("peft_single_lora", single_lora))

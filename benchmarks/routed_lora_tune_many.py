@@ -16,11 +16,11 @@ import torch
 from measure import say, tidy
 from quietgoose.kernels.routed_lora import tiles
 from routed_lora_peers import Layer, error_of
-from routed_lora_tune import EVERY, _content, _limit, _tables, _timed
+from routed_lora_tune import EVERY, _content, _limit, _tables, _timed, time_formulations
 from torch import Tensor
 
-BY_SIZE = ("route_many", "grouped_shrink", "grouped_expand")
-TUNED_MANY = ("route_many", "pair_rows", *BY_SIZE[1:], "grouped_beside")
+BY_SIZE = ("choose_products", "grouped_shrink", "grouped_expand")
+TUNED_MANY = ("choose_products", "product_bytes", "pair_rows", *BY_SIZE[1:], "grouped_beside", "formulations")
 
 
 def run_tune_many(report: Any) -> None:
@@ -40,7 +40,7 @@ def run_tune_many(report: Any) -> None:
     for name, entries in found.items():
         table = getattr(tiles, name.upper())
         table[:] = [*sorted(entries, key=lambda entry: entry[:2]), *table]
-    for name in options.tune_many:
+    for name in (name for name in options.tune_many if name != "formulations"):
         print(name.upper(), "=", getattr(tiles, name.upper()), flush=True)
 
 
@@ -49,6 +49,9 @@ def _tune_layer(report: Any, layer: Layer, shape: str, tokens: int) -> dict[str,
     kept = {name: list(getattr(tiles, name.upper())) for name in BY_SIZE}
     several, check, found = tokens // layer.experts, error_of(layer), {}
     for name in report.options.tune_many:
+        if name == "formulations":
+            time_formulations(report, layer, shape=shape, tokens=tokens)
+            continue
         table = getattr(tiles, name.upper())
         best = _fastest(report, layer, name, _choices(name, tokens), check, shape=shape, tokens=tokens)
         if best is None:
@@ -69,6 +72,8 @@ def _choices(name: str, tokens: int) -> list[Any]:
     few = tokens <= 8192
     if name == "pair_rows":
         return tiles.PAIR_ROWS_CHOICES[:3] if few else tiles.PAIR_ROWS_CHOICES[2:]
+    if name == "product_bytes":
+        return [] if few else tiles.PRODUCT_BYTES_CHOICES
     if name == "grouped_beside":
         return [[0], [8192]] if few else []
     return _tables(name)

@@ -16,10 +16,10 @@ import triton
 from torch import Tensor
 
 from . import launch, tiles
-from .launch import Sites, _base_into, _distances, _rows, _side_stream, _three
-from .layout import GroupShape, GroupTables, PreparedGates, axis_length
+from .launch import Sites, _base_into, _distances, _rows, _side_stream, _three, wide_product
+from .layout import GroupShape, GroupTables, PreparedGates, axis_length, both_parts
 from .triton_grouped import count_experts, grouped_expand, grouped_outer, grouped_shrink, place_tokens, scan_counts
-from .triton_route_many import route_many
+from .triton_split import choose_products
 
 SORT_BLOCK = 128
 MOST_UNSCANNED = 64  # blocks whose counts every program of the sort adds up itself
@@ -33,63 +33,51 @@ class Pairs(NamedTuple):
     plan_LP: Tensor
 
 
-def _columns(num_experts: int) -> tuple[int, int]:
-    """(first, further) columns of routing: a power of two, or one and a half of one where that holds all experts."""
-    whole = axis_length(num_experts, 64)
-    return (whole // 2, whole // 4) if whole > 64 and num_experts <= whole // 4 * 3 else (whole, 0)
-
-
 def route(
-    x_TI: Tensor, gates: PreparedGates, tables: GroupTables, shape: GroupShape, k: int, arrow: bool, count: bool = False,
+    x_TI: Tensor, gates: PreparedGates, tables: GroupTables, shape: GroupShape, k: int, arrow: bool,
     chosen: tiles.Tiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(weight fp32 [S, T, K], index int32 [S, T, K], count int32 [L, blocks, NP] where asked for and made beside them)."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(weight fp32 [S, T, K], index int32 [S, T, K]); more than MOST_FUSED experts and 16-bit tokens from products of the library, as
+    many tokens at a time as leave them in the L2."""
     if not gates.high_ZI.numel() or (shape.num_experts <= tiles.MOST_FUSED and not chosen):
-        return *launch.route(x_TI, gates, tables, shape, k, arrow)[:2], None
+        return launch.route(x_TI, gates, tables, shape, k, arrow)[:2]
     x_TI, (num_tokens, width), sites = _rows(x_TI), x_TI.shape, len(shape.slots)
-    first, more = _columns(shape.num_experts)
-    tile = chosen or tiles.route_many_tiles(num_tokens, width, first + more)
-    blocks, padded = triton.cdiv(num_tokens, tile.rows), axis_length(shape.num_experts)
+    tile, both_PI = chosen or tiles.choose(tiles.CHOOSE_PRODUCTS, num_tokens, width), both_parts(gates)
     weight = x_TI.new_empty(sites, num_tokens, k, dtype=torch.float32)
     index = x_TI.new_empty(sites, num_tokens, k, dtype=torch.int32)
-    counts = x_TI.new_empty(sites * k, blocks, padded, dtype=torch.int32) if count else None
-    route_many[(sites * blocks,)](
-        x_TI, gates.high_ZI, gates.low_ZI, gates.shift_Z, tables.absent_Z, weight, index, index if counts is None else counts,
-        num_tokens, width, x_TI.stride(0), shape.num_experts, sites,
-        NP=padded, K=k, FIRST=first, MORE=more, ARROW=arrow, COUNT=count, EVEN=width % tile.depth == 0,
-        BLOCK_T=tile.rows, BLOCK_I=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return weight, index, counts
+    piece = tiles.product_rows(len(both_PI))
+    for first in range(0, num_tokens, piece):
+        x = x_TI[first : first + piece]
+        product_TP = wide_product(x, both_PI)
+        choose_products[(sites * triton.cdiv(len(x), tile.rows),)](
+            x, product_TP, gates.shift_Z, tables.absent_Z, weight, index,
+            first, len(x), num_tokens, width, x.stride(0), product_TP.stride(0), shape.num_experts, len(gates.high_ZI), sites,
+            K=k, NP=axis_length(shape.num_experts), ARROW=arrow, BLOCK_T=tile.rows, BLOCK_I=min(tile.depth, axis_length(width)),
+            num_warps=tile.warps,
+        )  # fmt: skip
+    return weight, index
 
 
-def sort_pairs(index_STK: Tensor, num_experts: int, counts: Tensor | None = None) -> Pairs:
-    """Counting sort of every (site, slot) list by expert, stable, in one to three launches. counts: as `route` gives them."""
+def sort_pairs(index_STK: Tensor, num_experts: int) -> Pairs:
+    """Counting sort of every (site, slot) list by expert, stable, in two or three launches."""
     sites, num_tokens, k = index_STK.shape
     lists, padded = sites * k, axis_length(num_experts)
-    block = SORT_BLOCK
-    if counts is None:
-        counts = index_STK.new_empty(lists, triton.cdiv(num_tokens, block), padded)
-        count_experts[(counts.shape[1], lists)](index_STK, counts, num_tokens, NP=padded, K=k, BLOCK=block)
-    else:
-        block = _block_of(num_tokens, counts.shape[1])
+    blocks = triton.cdiv(num_tokens, SORT_BLOCK)
+    scanned = blocks > MOST_UNSCANNED
+    counts = index_STK.new_empty(lists, blocks, padded)
     order = index_STK.new_empty(lists, num_tokens)
     plan = index_STK.new_empty(lists, tiles.plan_length(num_tokens, num_experts))
-    blocks, scanned = counts.shape[1], counts.shape[1] > MOST_UNSCANNED
+    count_experts[(blocks, lists)](index_STK, counts, num_tokens, NP=padded, K=k, BLOCK=SORT_BLOCK)
     if scanned:
         scan_counts[(padded // 16, lists)](
             counts, plan, blocks, plan.stride(0), NP=padded, COLUMNS=16, CHUNK=128, num_warps=4
         )
     place_tokens[(blocks + 1, lists)](
         index_STK, counts, order, plan, num_tokens, tiles.most_tiles(num_tokens, num_experts), num_experts, plan.stride(0),
-        NP=padded, K=k, BLOCK=block, EARLIER=min(block, 32), TILE=tiles.pair_rows(num_tokens, num_experts), CHUNK=32, SCANNED=scanned,
+        NP=padded, K=k, BLOCK=SORT_BLOCK, EARLIER=32, TILE=tiles.pair_rows(num_tokens, num_experts), CHUNK=32, SCANNED=scanned,
         num_warps=4 if scanned else 8,
     )  # fmt: skip
     return Pairs(order, plan)
-
-
-def _block_of(num_tokens: int, blocks: int) -> int:
-    """The power of two of which num_tokens are so many blocks."""
-    return next(size for size in (16, 32, 64, 128, 256) if triton.cdiv(num_tokens, size) == blocks)
 
 
 def shrink_pairs(
@@ -185,8 +173,8 @@ def linear_grouped(
         side.wait_stream(main)
         with torch.cuda.stream(side):
             _bases(y, x_TI, sites)
-    weight, index, counts = route(x_TI, gates, tables, shape, k, arrow, count=True)
-    pairs = sort_pairs(index, shape.num_experts, counts)
+    weight, index = route(x_TI, gates, tables, shape, k, arrow)
+    pairs = sort_pairs(index, shape.num_experts)
     hidden_LTR = shrink_pairs(x_TI, a_RI, tables, shape, pairs, k, weight)
     if beside:
         torch.cuda.current_stream(x_TI.device).wait_stream(_side_stream(x_TI.device))

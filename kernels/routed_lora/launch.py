@@ -156,7 +156,7 @@ def shrink_masked(
     return hidden
 
 
-def _wide_product(x_TI: Tensor, stack_PI: Tensor) -> Tensor:
+def wide_product(x_TI: Tensor, stack_PI: Tensor) -> Tensor:
     """x stack^T, fp32 [T, P], summed in fp32 (torch.mm has out_dtype from torch 2.8 on, on CUDA)."""
     if x_TI.is_cuda:
         return torch.mm(x_TI, stack_PI.t(), out_dtype=torch.float32)
@@ -169,7 +169,7 @@ def route_split(
 ) -> Tensor:  # fmt: skip
     """hm [T, R] in x's dtype, what `route` gives with A, from one product of the library (layout.stack_factors) and a small kernel.
     16-bit tokens. begins as in `route`."""
-    product_TP, num_slots = _wide_product(x_TI, stack_PI), sum(shape.slots)
+    product_TP, num_slots = wide_product(x_TI, stack_PI), sum(shape.slots)
     x_TI, (num_tokens, width), sites = _rows(x_TI), x_TI.shape, len(shape.slots)
     tile = chosen or tiles.choose(tiles.WEIGH_PRODUCTS, num_tokens, width)
     hidden = x_TI.new_empty(num_tokens, num_slots)

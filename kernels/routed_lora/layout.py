@@ -104,9 +104,26 @@ def split_gates(vectors_ZI: Tensor, dtype: torch.dtype) -> PreparedGates:
     if dtype not in (torch.bfloat16, torch.float16):
         empty = vectors_ZI.new_empty(0, vectors_ZI.shape[1])
         return PreparedGates(vectors_ZI, empty, empty, vectors_ZI.sum(1).float())
-    high = vectors_ZI.to(dtype)
-    low = (vectors_ZI - high.to(vectors_ZI.dtype)).to(dtype)
+    both_PI = vectors_ZI.new_empty(2 * len(vectors_ZI), vectors_ZI.shape[1], dtype=dtype)
+    high, low = both_PI.chunk(2)
+    high.copy_(vectors_ZI)
+    low.copy_(vectors_ZI - high.to(vectors_ZI.dtype))
     return PreparedGates(vectors_ZI, high, low, (high.double() + low.double()).sum(1).float())
+
+
+def both_parts(gates: PreparedGates) -> Tensor:
+    """[P, I]: the gates' leading parts, their rests and, where the memory behind those is theirs too, whatever rows it takes to a
+    multiple of 8 (`stack_factors` says what for). A view where the parts lie side by side, as `split_gates` and `stack_factors`
+    make them; else a copy."""
+    high, low = gates.high_ZI, gates.low_ZI
+    rows, width = high.shape
+    storage, begin = high.untyped_storage(), high.storage_offset()
+    beside = low.untyped_storage().data_ptr() == storage.data_ptr() and low.storage_offset() == begin + rows * width
+    if not (beside and high.is_contiguous() and low.is_contiguous()):
+        return torch.cat([high, low])
+    whole = 2 * rows + -2 * rows % 8
+    fits = (begin + whole * width) * high.element_size() <= storage.nbytes()
+    return high.as_strided((whole if fits else 2 * rows, width), (width, 1))
 
 
 def stack_factors(a_RI: Tensor, gates: PreparedGates) -> tuple[Tensor, PreparedGates, Tensor]:

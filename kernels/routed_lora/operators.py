@@ -35,7 +35,7 @@ def route_experts(
 
     shape = GroupShape(num_experts, (16,) * (vectors.shape[0] // num_experts), 1)
     prepared = PreparedGates(vectors, *gates)
-    return grouped.route(x, prepared, GroupTables(*tables), shape, k, arrow)[:2]
+    return grouped.route(x, prepared, GroupTables(*tables), shape, k, arrow)
 
 
 @route_experts.register_fake
@@ -221,7 +221,7 @@ def _hidden(
     from . import grouped, launch
 
     if shape.num_experts > MOST_FUSED:
-        weight, index, _ = grouped.route(x, gates, tables, shape, k, arrow)
+        weight, index = grouped.route(x, gates, tables, shape, k, arrow)
         return launch.shrink_masked(x, a_RI, tables, shape, weight, index, begins=begins)
     return launch.route(x, gates, tables, shape, k, arrow, a_RI, store=False, begins=begins)[2]
 

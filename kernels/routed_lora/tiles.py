@@ -226,9 +226,10 @@ CROSSOVERS: list[tuple[int, int, int, str]] = [
     (LIMITLESS, 512, 2048, "fused"),
     (1024, 512, LIMITLESS, "split"),
     (LIMITLESS, 512, LIMITLESS, "stock"),
-    (64, LIMITLESS, LIMITLESS, "decode"),
-    (512, LIMITLESS, 2048, "split"),
-    (256, 1024, LIMITLESS, "stock"),
+    (32, LIMITLESS, 2048, "decode"),
+    (256, LIMITLESS, 2048, "split_fused"),
+    (LIMITLESS, LIMITLESS, 2048, "grouped"),
+    (512, LIMITLESS, LIMITLESS, "split"),
     (LIMITLESS, LIMITLESS, LIMITLESS, "grouped"),
 ]
 
@@ -251,10 +252,11 @@ def by_pairs(num_tokens: int, slots: int, width: int) -> bool:
 # Many experts ----------------------------------------------------------------------------------------------------------
 # Measured with 166 experts and a layer of SmolLM2 on an H100 (2026-11-27_routed_lora_many_h100.json there): 4,096 tokens 0.355 ms with
 # these tables, 32,768 1.69. Rows of route_many: tokens; columns is not read by it and by grouped_shrink.
-ROUTE_MANY: Table = [
-    (8192, LIMITLESS, Tiles(32, 16, 64, 4, 2)),
-    (LIMITLESS, LIMITLESS, Tiles(128, 16, 64, 8, 3)),
-]
+# what follows the library's products of x with the gates: rows tokens, depth the numbers of x read at a time. By count of
+# instructions (712 a token and site of width 576, 62 registers)
+CHOOSE_PRODUCTS: Table = [(LIMITLESS, 2048, Tiles(1, 16, 128, 1, 1)), (LIMITLESS, LIMITLESS, Tiles(1, 16, 1024, 4, 1))]
+# bytes of those products made at a time: what stays in the L2 until it is read
+PRODUCT_BYTES: list[int] = [32 * 2**20]
 # pairs an expert has at the mean up to, rows of a tile of pairs
 PAIR_ROWS: list[tuple[int, int]] = [(15, 16), (40, 32), (197, 64), (LIMITLESS, 128)]
 # rows of both are the tile's of pairs; a tile of up to 32 has products too small for more than four warps
@@ -269,9 +271,9 @@ GROUPED_EXPAND: Table = [
 # tokens up to which a captured graph gets grouped's base products as a branch of their own
 GROUPED_BESIDE: list[int] = [8192]
 CANDIDATES |= {
-    "route_many": [
-        Tiles(32, 16, 64, 4, 2), Tiles(64, 16, 64, 4, 2), Tiles(64, 16, 32, 4, 3), Tiles(128, 16, 64, 8, 2),
-        Tiles(128, 16, 64, 8, 3), Tiles(128, 16, 32, 8, 4),
+    "choose_products": [
+        Tiles(1, 16, 128, 1, 1), Tiles(1, 16, 256, 1, 1), Tiles(2, 16, 128, 1, 1), Tiles(2, 16, 256, 1, 1), Tiles(1, 16, 256, 2, 1),
+        Tiles(1, 16, 1024, 4, 1),
     ],
     "grouped_shrink": [
         Tiles(16, 16, 64, 2, 4), Tiles(16, 16, 64, 4, 3), Tiles(16, 16, 64, 4, 4), Tiles(16, 16, 128, 4, 3),
@@ -281,7 +283,7 @@ CANDIDATES |= {
         Tiles(16, 256, 16, 8, 1),
     ],
 }  # fmt: skip
-MOST_SHARED = 220 * 1024  # bytes a program of route_many takes at most; a multiprocessor of Hopper has 227 KiB
+PRODUCT_BYTES_CHOICES = [[2**60], [64 * 2**20], [32 * 2**20], [16 * 2**20]]
 PAIR_ROWS_CHOICES = [[(LIMITLESS, rows)] for rows in (16, 32, 64, 128)]
 
 
@@ -300,11 +302,6 @@ def plan_length(num_tokens: int, num_experts: int) -> int:
     return power_of_two(num_experts, 16) + 3 * most_tiles(num_tokens, num_experts)
 
 
-def route_many_tiles(num_tokens: int, width: int, columns: int) -> Tiles:
-    """Tiles of the routing kernel for many experts: what registers and shared memory hold of so many columns."""
-    found, whole = choose(ROUTE_MANY, num_tokens, width), power_of_two(columns)
-    rows, depth = min(found.rows, (32768 if whole <= 256 else 16384) // whole), min(found.depth, 16384 // whole)
-    rows, depth = max(16, rows), max(16, depth)
-    stages = min(found.stages, MOST_SHARED // ((rows + 2 * columns) * depth * 2))
-    warps = max(found.warps, power_of_two(-(-rows * columns // 4096)))
-    return found._replace(rows=rows, depth=depth, stages=max(1, stages), warps=warps)
+def product_rows(columns: int) -> int:
+    """Tokens whose fp32 products with so many columns are made at a time."""
+    return max(128, PRODUCT_BYTES[0] // (4 * columns) // 128 * 128)

@@ -26,10 +26,9 @@ def count_experts(p_index, p_count, num_tokens, NP: tl.constexpr, K: tl.constexp
     i_b, i_l = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_t = i_b * BLOCK + tl.arange(0, BLOCK)
     o_in = ((i_l // K) * num_tokens + o_t) * K + i_l % K
-    b_index = tl.load(p_index + o_in, mask=o_t < num_tokens, other=NP)
-    o_n = tl.arange(0, NP)
-    b_count = tl.sum((b_index[:, None] == o_n[None, :]).to(tl.int32), axis=0)
-    tl.store(p_count + (i_l * tl.num_programs(0) + i_b) * NP + o_n, b_count)
+    m_t = o_t < num_tokens
+    b_count = tl.histogram(tl.load(p_index + o_in, mask=m_t, other=0), NP, mask=m_t)
+    tl.store(p_count + (i_l * tl.num_programs(0) + i_b) * NP + tl.arange(0, NP), b_count)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Many experts: routing in more columns than one power of two, the sort's plan, updates of all sites in one launch a slot."""
+"""Many experts: routing from the library's products, the sort's plan, updates of all sites in one launch a slot."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 pytest.importorskip("triton")
 
 from quietgoose.kernels.routed_lora import group_shape, group_tables, grouped, split_gates, tiles
+from quietgoose.kernels.routed_lora.layout import both_parts, stack_factors
 from quietgoose.kernels.testing import assert_close
 from torch import Tensor
 
 from .routed_lora_problems import DEVICE, GPU, OTHERS, Problem, check_grouped_gradients, exact, lists, problem
 
 HALF = torch.bfloat16 if GPU else torch.float16
-# 166 = 128 + 64 columns, 70 = 64 + 32, 130 of 256 where three quarters hold them too, 200 of 256, 65 mixed and absent ones
+# what 64 does not hold and no power of two is
 OTHERS |= {
     "166 experts": (70, 48, (40, 24), [[4] * 166] * 2, 2),
     "70 experts": (33, 40, (20,), [[1 + n % 3 for n in range(70)]], 3),
@@ -26,53 +27,54 @@ OTHERS |= {
 MANY = ["166 experts", "70 experts", "200 experts", "65 experts, some absent"]
 
 
-def routed(p: Problem, arrow: bool = False, **more: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def routed(p: Problem, arrow: bool = False, **more: Any) -> tuple[Tensor, Tensor]:
     gates, tables = split_gates(p.vectors, p.x.dtype), group_tables(p.ranks, p.x.device)
-    return grouped.route(p.x, gates, tables, group_shape(p.ranks), p.k, arrow, count=True, **more)
+    return grouped.route(p.x, gates, tables, group_shape(p.ranks), p.k, arrow, **more)
 
 
 @pytest.mark.parametrize("arrow", [False, True])
 @pytest.mark.parametrize("case", MANY)
-def test_routing_over_many_experts_equals_fp64_and_counts_them(case: str, arrow: bool) -> None:
+def test_routing_over_many_experts_equals_fp64(case: str, arrow: bool) -> None:
     p = problem(case, HALF)
     want, chosen, _ = exact(p, arrow)
-    weight, index, counts = routed(p, arrow)
-    assert counts is not None
+    weight, index = routed(p, arrow)
     assert torch.equal(index.long(), chosen)
     assert_close("weights", weight, want)
-    rows = -(-len(p.x) // counts.shape[1])
-    rows = 1 << (rows - 1).bit_length()
-    lists_of = chosen.transpose(1, 2).flatten(0, 1)
-    for block in range(counts.shape[1]):
-        for number, one in enumerate(lists_of[:, block * rows : (block + 1) * rows]):
-            found = counts[number, block, : len(p.ranks[0])].long()
-            assert torch.equal(found, torch.bincount(one, minlength=len(found)))
 
 
-def test_columns_hold_all_experts() -> None:
-    for count, columns in {
-        65: (64, 32),
-        96: (64, 32),
-        97: (128, 0),
-        166: (128, 64),
-        193: (256, 0),
-        300: (256, 128),
-    }.items():
-        assert grouped._columns(count) == columns
-        assert sum(columns) >= count
-    for columns in (96, 192, 256, 384, 512, 768, 1024, 2048):
-        for tokens in (100, 32768):
-            tile = tiles.route_many_tiles(tokens, 576, columns)
-            assert min(tile.rows, tile.depth) >= 16
-            assert (tile.rows + 2 * columns) * tile.depth * 2 * tile.stages <= 227 * 1024, "what is under way fits"
-            assert tile.rows * columns <= 128 * 32 * tile.warps, "scores fit into registers"
+def test_tokens_are_routed_in_pieces_as_they_are_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem("70 experts", HALF)
+    p = p._replace(x=p.x.repeat(9, 1)[:290])
+    weight, index = routed(p)
+    monkeypatch.setattr(tiles, "PRODUCT_BYTES", [1])
+    assert tiles.product_rows(140) == 128
+    for mine, whole in zip(routed(p), (weight, index)):
+        assert torch.equal(mine, whole)
 
 
-def test_equal_scores_go_to_the_lower_expert_in_either_block_of_columns() -> None:
+def test_products_of_both_parts_of_the_gates_come_from_one_matrix() -> None:
+    """A view where the parts lie side by side, up to a multiple of 8 rows where there is memory behind them; else a copy."""
+    gates = split_gates(torch.randn(35, 24), torch.bfloat16)
+    whole = both_parts(gates)
+    assert whole.shape == (70, 24)
+    assert whole.data_ptr() == gates.high_ZI.data_ptr()
+    assert torch.equal(whole[35:], gates.low_ZI)
+    _, stacked, stack = stack_factors(torch.randn(10, 24, dtype=torch.bfloat16), gates)
+    padded = both_parts(stacked)
+    assert padded.shape == (70, 24), "ten rows of A and seventy of gates are a multiple of 8: nothing lies behind them"
+    _, stacked, stack = stack_factors(torch.randn(8, 24, dtype=torch.bfloat16), gates)
+    padded = both_parts(stacked)
+    assert padded.shape == (72, 24)
+    assert padded.data_ptr() == stack[8:].data_ptr()
+    apart = gates._replace(low_ZI=gates.low_ZI.clone())
+    assert torch.equal(both_parts(apart), whole)
+
+
+def test_equal_scores_go_to_the_lower_expert() -> None:
     p = problem("166 experts", HALF)
     twice = p.vectors.clone().unflatten(0, (2, 166))
     twice[:, 128:] = twice[:, :38]
-    weight, index, _ = routed(p._replace(vectors=twice.flatten(0, 1)))
+    weight, index = routed(p._replace(vectors=twice.flatten(0, 1)))
     assert weight.isfinite().all()
     _, chosen, _ = exact(p._replace(vectors=twice.flatten(0, 1)))
     top = index[..., 0].long()
@@ -105,14 +107,6 @@ def test_the_plan_holds_every_pair_once(most: int, monkeypatch: pytest.MonkeyPat
             assert (one[tokens[mine].long()] == e).all()
             places += mine
         assert places == list(range(301))
-
-
-@pytest.mark.parametrize("most", [0, 64])
-def test_counts_of_the_routing_sort_as_counts_of_the_sort_do(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped, "MOST_UNSCANNED", most)
-    _, index, counts = routed(problem("166 experts", HALF))
-    for mine, usual in zip(grouped.sort_pairs(index, 166, counts), grouped.sort_pairs(index, 166)):
-        assert torch.equal(mine[:, :166], usual[:, :166])
 
 
 def linears(
@@ -151,8 +145,8 @@ def test_no_token_and_one(tokens: int) -> None:
 def test_every_tile_of_routing_gives_the_same_numbers() -> None:
     p = problem("65 experts, some absent", HALF)
     want, chosen, _ = exact(p)
-    for tile in tiles.CANDIDATES["route_many"]:
-        weight, index, _ = routed(p, chosen=tile)
+    for tile in tiles.CANDIDATES["choose_products"]:
+        weight, index = routed(p, chosen=tile)
         assert torch.equal(index.long(), chosen), tile
         assert_close(str(tile), weight, want)
 
@@ -188,7 +182,7 @@ def test_a_token_that_is_not_finite_spoils_itself_alone_among_many_experts() -> 
     for y, usual in zip(linears(p._replace(x=spoilt)), want):
         assert not y[[7, 49]].isfinite().any()
         assert torch.equal(y[others], usual[others])
-    _, index, _ = routed(p._replace(x=spoilt))
+    _, index = routed(p._replace(x=spoilt))
     assert 0 <= int(index.min()) <= int(index.max()) < 65
 
 
