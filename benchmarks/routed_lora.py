@@ -1,7 +1,7 @@
 """Routed LoRA against the plain base and other formulations: milliseconds, share of the base, memory, error against fp64.
 
     python benchmarks/routed_lora.py --parts models decode --out results/routed_lora.json      # whole models
-    python benchmarks/routed_lora.py --parts layer --shapes smollm2 llama3-8b                   # one layer, all peers
+    python benchmarks/routed_lora.py --parts layer --shapes smollm2 --ours table --tokens 1 32 512 4096   # one layer, all peers
     python benchmarks/routed_lora.py --parts tune models   # prints tables of kernels/routed_lora/tiles.py, then uses them
     python benchmarks/routed_lora.py --parts tune_many models --experts 166 --model-experts 166    # the same for many experts
     python benchmarks/routed_lora.py --parts profile        # the heaviest kernels of a captured forward, base and routed
@@ -9,7 +9,7 @@
 
 Random bf16 weights, gates and tokens (no quality is claimed; random gates spread tokens over all experts, the worst case
 for grouping). A layer is the seven linears of one decoder layer, captured as a CUDA graph where a formulation can be
-(not: r_three, which waits for the host). Whole models: every decoder layer compiled, the forward captured; base and routed
+(routed_lora_layers.py). Whole models: every decoder layer compiled, the forward captured; base and routed
 in the same mode in the same run. Nothing is timed before its gate against fp64 is green. JSON is rewritten after every
 cell; a peer that fails leaves its error there.
 """
@@ -25,18 +25,15 @@ from typing import Any
 
 import torch
 import transformers
-from measure import elapsed_ms, peak_of, say, tidy, time_steps
+from measure import say
 from quietgoose.kernels.routed_lora import tiles
-from quietgoose.kernels.testing import tolerance
-from routed_lora_models import captured
-from routed_lora_peers import OURS, PEERS, RANK, SHAPES, Layer, base, error_of, ours, single_lora
+from routed_lora_layers import run_layer
+from routed_lora_peers import OURS, PEERS, RANK, SHAPES
 from routed_lora_tune import TUNED, run_tune
 from routed_lora_tune_many import TUNED_MANY, run_tune_many
 from routed_lora_whole import run_decode, run_models, run_profile
 
 PARTS = ("models", "profile", "decode", "layer", "tune", "tune_many")
-ROTATION_BYTES = 128 * 2**20
-MOST_BYTES = 40 * 2**30  # a peer whose largest intermediate would need more is left out
 
 
 def parse() -> argparse.Namespace:
@@ -50,6 +47,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tune-what", nargs="+", default=list(TUNED), choices=TUNED, help="of the part `tune`")
     parser.add_argument("--tune-many", nargs="+", default=list(TUNED_MANY), choices=TUNED_MANY, help="of `tune_many`")
     parser.add_argument("--eager-copies", type=int, default=None, help="tokens from which eager calls make descriptors")
+    parser.add_argument(
+        "--ours", nargs="+", default=["table", *OURS], choices=["table", *OURS],
+        help="of the part `layer`; table: what the table takes",
+    )  # fmt: skip
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), help="of the part `layer`")
     parser.add_argument("--batches", nargs="+", default=["8x512", "64x512", "1x1"], help="of the part `models`")
     parser.add_argument("--model-experts", nargs="+", type=int, default=[16, 166])
@@ -87,83 +88,6 @@ class Report:
 
     def late(self) -> bool:
         return time.perf_counter() - self.start > self.options.budget_seconds
-
-
-def timed(work: Any, device: torch.device, copies: int, capture: bool = True) -> dict[str, Any]:
-    """Milliseconds of one layer, captured or as plain calls; peak memory above what stands."""
-    if device.type != "cuda":
-        return {"ms": round(elapsed_ms(work, device) / copies, 3), "mode": "cpu"}
-    _, peak = peak_of(work, device)
-    call, mode = (captured(work), "graph") if capture else (work, "calls")
-    times = {name: round(x / copies, 4) for name, x in time_steps(call, device, 60, 0.15).short(6).items()}
-    return {**times, "mode": mode, "peak_mib": round((peak or 0) / 2**20, 1)}
-
-
-def too_large(name: str, shape: str, experts: int, k: int, tokens: int) -> bool:
-    ff = SHAPES[shape][1]
-    need = {"peft_arrow": experts * ff, "mttl": 2 * RANK * ff, "grouped_mm": 3 * k * ff}.get(name, ff)
-    return 2 * tokens * need > MOST_BYTES
-
-
-def gate(layer: Layer, function: Any, k: int, arrow: bool) -> float:
-    """The error of `function`'s outputs."""
-    return error_of(layer, k, arrow)(layer.run(function))
-
-
-def run_cell(report: Report, shape: str, experts: int, tokens: int, ks: list[int]) -> None:
-    """All formulations of one shape, number of experts and tokens; the peers at the first k only."""
-    device = torch.device(report.options.device)
-    d, ff, q, kv = SHAPES[shape]
-    weights = 2 * (d * (2 * q + 2 * kv + 3 * ff))
-    small = tokens <= 512 and device.type == "cuda"
-    copies = max(1, min(24, -(-ROTATION_BYTES // weights))) if small else 1
-    tidy(device)
-    layer = Layer(shape, experts, tokens, copies, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    where = {"part": "layer", "shape": shape, "experts": experts, "tokens": tokens}
-    plain = timed(lambda: layer.run(base), device, copies)
-    report.add(**where, k=0, what="base", **plain)
-    report.add(
-        **where, k=0, what="peft_single_lora", **shared(timed(lambda: layer.run(single_lora), device, copies), plain)
-    )
-    for k in ks:
-        functions: dict[str, Any] = {}
-        if device.type == "cuda":
-            functions |= {name: ours(k, name) for name in OURS if name != "decode" or tokens <= 64}
-        functions |= {name: PEERS[name](k) for name in report.options.peers if k == ks[0]}
-        for name, function in functions.items():
-            if report.late():
-                return
-            if too_large(name, shape, experts, k, tokens) or (name == "fused" and experts > 64):
-                continue
-            try:
-                error = None if name == "mttl" else gate(layer, function, k, name == "peft_arrow")
-                if name in OURS and not error <= tolerance(layer.dtype):
-                    report.add(**where, k=k, what=name, error=error, refused="the gate against fp64 is red")
-                    continue
-                found = timed(lambda f=function: layer.run(f), device, copies, name != "r_three")
-                report.add(**where, k=k, what=name, **shared(found, plain), error=error)
-            except Exception as problem:
-                report.add(**where, k=k, what=name, failed=f"{type(problem).__name__}: {str(problem)[:200]}")
-                tidy(device)
-
-
-def shared(found: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    return {**found, "share": round(found["ms"] / max(plain["ms"], 1e-6), 3)}
-
-
-def run_layer(report: Report) -> None:
-    """First the cells of the targets, then the rest; all peers at k = 2, ours alone at other k."""
-    options = report.options
-    cells = [(s, n, t) for s in options.shapes for n in options.experts for t in options.tokens]
-    cells.sort(key=lambda c: (c[1] != 16, c[1] != 166))
-    for shape, experts, tokens in cells:
-        if report.late():
-            return
-        ks = sorted((k for k in options.k if k <= experts), key=lambda k: k != 2)
-        try:
-            run_cell(report, shape, experts, tokens, ks)
-        except Exception as problem:
-            report.add(part="layer", shape=shape, experts=experts, tokens=tokens, failed=str(problem)[:200])
 
 
 def main() -> None:

@@ -58,12 +58,12 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def captured(work: Callable[[], Any]) -> Callable[[], Any]:
-    """A CUDA graph of `work` as a callable; raises what capture raises."""
+def captured(work: Callable[[], Any], warm_up: int = 3) -> Callable[[], Any]:
+    """A CUDA graph of `work` as a callable, after `warm_up` calls; raises what capture raises."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(warm_up):
             work()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()

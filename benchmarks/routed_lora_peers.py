@@ -92,6 +92,23 @@ class Layer:
         found.copies = [[groups[number]] for groups in self.copies]
         return found
 
+    def at(self, tokens: int, copies: int) -> Layer:
+        """The first `copies` of this layer with another number of tokens."""
+        found = copy.copy(self)
+        g = torch.Generator(self.inputs[0].device).manual_seed(tokens)
+        found.inputs = [
+            torch.randn(tokens, width, generator=g, device=x.device, dtype=self.dtype)
+            for x, (width, _) in zip(self.inputs, self.plan)
+        ]
+        found.tokens, found.copies = tokens, self.copies[:copies]
+        return found
+
+    def last(self) -> Layer:
+        """The copy whose outputs `run` gives, alone."""
+        found = copy.copy(self)
+        found.copies = self.copies[-1:]
+        return found
+
     def parameters(self) -> list[Tensor]:
         """What may be trained: A and B, for gradients."""
         return [t for groups in self.copies for g in groups for t in (g.a_RI, *g.b_RO)]
@@ -163,6 +180,14 @@ def ours(k: int, method: str | None = None) -> Callable[[Tensor, Group], list[Te
         )
 
     return run
+
+
+def taken(layer: Layer) -> list[str]:
+    """What `ours` takes for each group of a layer when the table chooses."""
+    wide = layer.dtype == torch.float32
+    return [
+        formulation(layer.tokens, g.b_RO[0].shape[0], width, wide) for g, (width, _) in zip(layer.copies[0], layer.plan)
+    ]
 
 
 def plain_concat(k: int) -> Callable[[Tensor, Group], list[Tensor]]:

@@ -1,78 +1,53 @@
 """Time and memory of training many experts on many GPUs, from one GPU's measured cost and the links between them.
 
-    python benchmarks/scale_simulator.py                                              # tables on stdout
-    python benchmarks/scale_simulator.py --training T.json --scaling S.json --into docs/scale.md
+    python benchmarks/scale_simulator.py                                  # tables on stdout, from the files named in MEASURED
+    python benchmarks/scale_simulator.py --into docs/scale.md             # the tables between the two marks of that page
+    python benchmarks/scale_simulator.py --training T.json --scaling S.json --into docs/scale.md     # with newer measurements
 
-Measured numbers come from the JSON of training.py and scaling.py; what they do not hold is taken from SOURCES and marked so in
-the first table. The tables replace what stands between the two marks in the file named by --into. Nothing here runs a model.
+Every measured number comes from JSON of training.py and scaling.py: MEASURED (scale_measured.py) names the files, --training and
+--scaling take their place as far as they hold a number (a later file before an earlier one). The first table says where each comes
+from, the assumed ones too. Nothing here runs a model.
 
-A step's time is max(products, base gathered) + optimiser + collectives: nothing is overlapped but ZeRO-3's gathering of the
-base. See docs/scale.md for what each term is.
+A step is max(products, gathering the base, host) + optimiser + collectives. docs/scale.md says what each term is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from quietgoose.train.parallel import gathered_again, ring_bytes
+from quietgoose.train.plan import activation_bytes
+from quietgoose.train.state_memory import Trained, held
+from quietgoose.train.strategy import load_strategy
+from scale_measured import (
+    ADAM_BYTES,
+    EXPERTS_TIMED,
+    FIELDS,
+    GIB,
+    MEASURED,
+    RESULTS,
+    WHOLE_BYTES,
+    Machine,
+    lines_of,
+    measured,
+    standard,
+)
 from training_cases import Shape, shapes
 from transformers import LlamaConfig
 
 MARK, END = "<!-- simulated -->", "<!-- end of simulated -->"
-GIB = 2**30
-STATE_BYTES = {"data:zero0": (16, 0), "data:zero2": (8, 16), "data:zero3": (8, 16), "expert:zero0": (16, 0)}
-"""Bytes a trained entry: held by every process that trains it, and divided over the processes (train/plan.py). An expert is read
-whole and its gradient is whole when backward ends, so weight and gradient are whole at that moment whatever the stage."""
-REUSE, PREFETCH = 1_000_000_000, 50_000_000
-"""Entries: stage3_max_reuse_distance and stage3_prefetch_bucket_size of train/strategy.py."""
-STEP_BYTES = 28 + 52
-"""Bytes of memory traffic a trained entry and step: AdamW reads 16 and writes 12; gathering rows' vectors, their gradients,
-clipping and norms pass over it about thirteen times in fp32."""
-KEPT_BYTES = 34
-"""Bytes a token, layer and unit of width that a forward keeps (Korthikanti et al. 2022, eq. 2, fused attention)."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """One kind of GPU and its links. `share`: model FLOPs of training as a share of `matmul`, by base."""
-
-    matmul: float = 790e12
-    memory: float = 3.0e12
-    capacity: float = 78 * GIB
-    host: float = 370e9
-    network: float = 45e9
-    per_host: int = 8
-    share_small: float = 0.075
-    share_large: float = 0.40
-
-    def link(self, gpus: int) -> float:
-        """Bytes a second that a process can send in a ring of `gpus`: a ring is as fast as its slowest link."""
-        return self.host if gpus <= self.per_host else self.network
-
-    def share(self, shape: Shape) -> float:
-        return self.share_small if shape.config.hidden_size < 2048 else self.share_large
-
-
-SOURCES = {
-    "matmul": ("bf16 matmul, TFLOP/s", 1e12, "measured 2026-11 (phatgoose.md section 4 used the same)"),
-    "memory": ("device memory, TB/s", 1e12, "measured 2026-11, copy"),
-    "capacity": ("memory a GPU, GiB", GIB, "datasheet less the driver's"),
-    "host": ("link in a host, GB/s a process", 1e9, "assumed: 82 % of NVLink 4's 450"),
-    "network": ("link between hosts, GB/s a process", 1e9, "assumed: 90 % of one 400 Gb/s port a GPU"),
-    "share_small": (
-        "training, share of the matmul rate, SmolLM2",
-        1.0,
-        "measured 2026-11-24, eager, 12 experts, 48 rows",
-    ),
-    "share_large": ("the same, LLaMA3-8B and 70B shapes", 1.0, "assumed: the aim of 40 %"),
-}
-"""Field -> (what, unit, where the default comes from)."""
+ARMS = ("data:zero0", "data:zero1", "data:zero2", "data:zero3", "expert:zero0")
+REUSE = 1_000_000_000
+"""Entries: stage3_max_reuse_distance of train/strategy.py."""
+WORKSPACE = 4 * GIB
+ROW_BYTES = 4
+"""Bytes a trained entry of the rows' vectors and their gradients in bf16."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +59,7 @@ class Plan:
     tokens: float = 2e6
     step_tokens: int = 8192
     micro_tokens: int = 24_576
+    recomputed: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +70,9 @@ class Estimate:
     sent: float
     share_lost: float
     """Share of the time that is not products."""
+    step: float = 0.0
+    """Seconds of a step of the experts trained at once."""
+    recomputed: bool = False
 
 
 def llama(name: str, hidden: int, mlp: int, layers: int, heads: int) -> Shape:
@@ -118,47 +97,87 @@ def base_bytes(shape: Shape) -> float:
     return 2.0 * (shape.linears + tables * shape.config.vocab_size * shape.config.hidden_size)
 
 
+def flops(plan: Plan) -> float:
+    """Model FLOPs of a token, and those of a second forward pass through the layers where it is recomputed."""
+    return plan.shape.flops + (2 * (plan.shape.linears + plan.shape.lora) if plan.recomputed else 0)
+
+
+def best(machine: Machine, plan: Plan, gpus: int, arm: str) -> Estimate | None:
+    """The faster of keeping activations and recomputing them, of those that fit."""
+    found = [estimate(machine, replace(plan, recomputed=again), gpus, arm) for again in (False, True)]
+    return min((one for one in found if one is not None), key=lambda one: one.seconds, default=None)
+
+
 def estimate(machine: Machine, plan: Plan, gpus: int, arm: str) -> Estimate | None:
     """None if it does not fit."""
     parallel = arm.partition(":")[0]
     shape, stage = plan.shape, int(arm[-1])
     users = min(gpus, plan.experts) if parallel == "expert" else gpus
-    frozen = base_bytes(shape) / (gpus if stage == 3 else 1)
-    gathered = _live(shape) if stage == 3 else 0.0
-    kept = float(KEPT_BYTES) * shape.config.num_hidden_layers * shape.config.hidden_size
-    micro = plan.micro_tokens
-    free = machine.capacity - frozen - gathered
-    while micro > 2048 and kept * micro > free / 2:
-        micro //= 2  # smaller micro-batches before fewer experts at once
-    free -= kept * micro + 4 * GIB  # workspaces, logits, fragments
-    whole, divided = STATE_BYTES[arm]
-    one = shape.lora * (whole + divided / gpus) + 2 * 2 * shape.lora  # and the rows' vectors and gradients in bf16
+    sharing = 1 if parallel == "expert" else gpus
     mine = math.ceil(plan.experts / users) if parallel == "expert" else plan.experts
-    at_once = min(mine, int(free // one))
+    micro = _micro_tokens(machine, plan, gpus, arm)
+
+    def memory(experts: int) -> float:
+        passes = math.ceil(experts * plan.step_tokens / sharing / micro)
+        return _memory(plan, experts, passes, min(micro, experts * plan.step_tokens // sharing), sharing, stage)
+
+    at_once = _most(mine, lambda experts: memory(experts) <= machine.capacity)
     if at_once < 1:
         return None
     waves = math.ceil(mine / at_once)
     at_once = math.ceil(mine / waves)
-    steps = plan.tokens / plan.step_tokens * mine / at_once
-    tokens = at_once * plan.step_tokens / (1 if parallel == "expert" else gpus)
-    products = tokens * shape.flops / (machine.share(shape) * machine.matmul)
+    tokens = at_once * plan.step_tokens / sharing
     passes = math.ceil(tokens / micro)
+    layers = passes * shape.config.num_hidden_layers
+    products = tokens * flops(plan) / (machine.share(shape) * machine.matmul) + layers * machine.floor
     trained = at_once * shape.lora
     base_sent, sent = _sent(shape, trained, gpus, passes, stage) if parallel == "data" else (0.0, 0.0)
-    local = at_once * shape.lora / (gpus if parallel == "data" and stage else 1)
-    optimiser = local * STEP_BYTES / machine.memory
+    busy = max(products, base_sent / machine.link(gpus), layers * machine.hooks if stage == 3 else 0.0)
     messages = sent / machine.link(gpus) + 2e-5 * math.log2(max(gpus, 2))
-    seconds = max(products, base_sent / machine.link(gpus)) + optimiser + messages
+    step = busy + _optimiser(machine, trained, sharing if stage else 1) + messages
+    steps = plan.tokens / plan.step_tokens * mine / at_once
     return Estimate(
-        steps * seconds, machine.capacity - free - 4 * GIB + at_once * one, waves, sent + base_sent, 1 - products / seconds,
+        steps * step, memory(at_once), waves, sent + base_sent, 1 - products / step, step, plan.recomputed
     )  # fmt: skip
 
 
-def _live(shape: Shape) -> float:
-    """Bytes of the base that ZeRO-3 holds gathered at its fullest, when forward turns into backward: what lies within reach of
-    its reuse, what it fetches ahead, and a layer."""
-    within = 2 * (REUSE / 2 + PREFETCH) + base_bytes(shape) / shape.config.num_hidden_layers
-    return min(base_bytes(shape), within)
+def _optimiser(machine: Machine, trained: float, parts: int) -> float:
+    return trained * (ADAM_BYTES / parts + WHOLE_BYTES) / machine.memory
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `limit` that fits; what is larger needs more."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _active(plan: Plan, tokens: float) -> int:
+    config = plan.shape.config
+    return activation_bytes(int(tokens), config.num_hidden_layers, config.hidden_size, 2, plan.recomputed)
+
+
+def _micro_tokens(machine: Machine, plan: Plan, gpus: int, arm: str) -> int:
+    """Tokens of a micro-batch: halved, rather than fewer experts at once, until activations take half of what is left."""
+    frozen = base_bytes(plan.shape) / (gpus if arm[-1] == "3" else 1)
+    micro = plan.micro_tokens
+    while micro > 2048 and _active(plan, micro) > (machine.capacity - frozen) / 2:
+        micro //= 2
+    return micro
+
+
+@cache
+def _strategy(stage: int) -> Any:
+    return load_strategy(f"zero{stage}")
+
+
+def _memory(plan: Plan, experts: int, passes: int, tokens: int, sharing: int, stage: int) -> float:
+    """Bytes of a process at its peak: what DeepSpeed holds (train/state_memory.py), activations, and workspaces."""
+    trained = experts * plan.shape.lora
+    state = Trained(trained, int(base_bytes(plan.shape)), long=True, micros=passes, recomputed=plan.recomputed)
+    return held(state, _strategy(stage), sharing).peak(_active(plan, tokens)) + ROW_BYTES * trained + WORKSPACE
 
 
 def _sent(shape: Shape, trained: int, gpus: int, passes: int, stage: int) -> tuple[float, float]:
@@ -172,74 +191,59 @@ def _sent(shape: Shape, trained: int, gpus: int, passes: int, stage: int) -> tup
     return share * of_base, share * of_trained
 
 
-def measured(training: Path | None, scaling: Path | None) -> tuple[Machine, dict[str, str]]:
-    """The machine, with what the files hold instead of the defaults, and where each number comes from."""
-    machine, notes = Machine(), {name: note for name, (_, _, note) in SOURCES.items()}
-    found: dict[str, tuple[float, str]] = {}
-    for line in _lines(training):
-        if line.get("what") == "bf16 matmul peak":
-            found["matmul"] = (line["tflops"] * 1e12, f"measured, {line['hardware']}")
-    matmul = found.get("matmul", (machine.matmul, ""))[0]
-    for arm, field in (("ours", "share_small"), ("llama3", "share_large")):
-        rates = [x for x in _lines(training) if x.get("arm") == arm and x.get("kind") == "experts" and x["experts"] > 1]
-        rates = [x for x in rates if math.isfinite(x.get("tflops", math.nan)) and x["tflops"] > 0]  # --tiny rounds to 0
-        if rates:
-            best = max(rates, key=lambda line: line["tflops"])
-            found[field] = (
-                best["tflops"] * 1e12 / matmul,
-                f"measured, {best['what']}, {best['rows']} rows, {best['hardware']}",
-            )
-    links = [line for line in _lines(scaling) if line.get("what") == "link" and line["gigabytes_per_second"] > 0]
-    if links:
-        worst = min(links, key=lambda line: line["gigabytes_per_second"])
-        found["host"] = (worst["gigabytes_per_second"] * 1e9, f"measured, all-reduce over {worst['gpus']} GPUs")
-    for field, (value, note) in found.items():
-        machine, notes[field] = replace(machine, **{field: value}), note
-    return machine, notes
-
-
-def _lines(path: Path | None) -> list[dict[str, Any]]:
-    return [] if path is None else json.loads(path.read_text())["lines"]
-
-
-def tables(machine: Machine, notes: dict[str, str], scaling: Path | None) -> Iterator[str]:
+def tables(machine: Machine, notes: dict[str, str], scaling: Path | None = None) -> Iterator[str]:
     yield "### What it starts from"
-    rows = [(what, f"{getattr(machine, field) / unit:.3g}", notes[field]) for field, (what, unit, _) in SOURCES.items()]
+    rows = [(what, f"{getattr(machine, field) / unit:.3g}", notes[field]) for field, (what, unit) in FIELDS.items()]
     yield _table(("quantity", "value", "source"), rows)
-    checks = list(_checks(machine, scaling))
-    if checks:
-        yield "### Checked against measured steps (SmolLM2 shape, 12 experts)"
-        yield _table(("arm", "GPUs", "measured, times one GPU", "simulated", "sent, formula"), checks)
+    path = scaling or RESULTS / MEASURED["scaling"]
+    if checks := list(_checks(machine, path)):
+        yield f"### Checked against measured steps (SmolLM2 shape, {EXPERTS_TIMED} experts)"
+        yield _table(
+            (
+                "arm",
+                "GPUs",
+                "step, ms",
+                "simulated",
+                "times one GPU",
+                "simulated",
+                "GiB reserved",
+                "simulated",
+                "sent",
+                "formula",
+            ),
+            checks,
+        )
+        yield f"Measured: {path.name}."
     yield "### Time to train all experts, 2 million tokens each"
     header = ("base", "experts", "how", *(f"{n} GPUs" for n in (8, 64, 512)))
     rows = []
     for shape in bases().values():
         for experts in (16, 166, 1000):
             for arm in ("data:zero2", "data:zero3", "expert:zero0"):
-                cells = [_cell(estimate(machine, Plan(shape, experts), gpus, arm)) for gpus in (8, 64, 512)]
+                cells = [_cell(best(machine, Plan(shape, experts), gpus, arm)) for gpus in (8, 64, 512)]
                 if any(cell != "does not fit" for cell in cells):
                     rows.append((shape.name, str(experts), arm, *cells))
     yield _table(header, rows)
     yield (
         "Hours or minutes; GiB a GPU; `x2` two rounds, because the state of all experts does not fit at once; the last number is the "
-        "share of the time that is not products."
+        "share of the time that is not products; `r`: activations are recomputed (`train.activation_checkpointing`), which was faster "
+        "or all that fits."
     )
 
 
-def _checks(machine: Machine, scaling: Path | None) -> Iterator[Sequence[str]]:
-    lines = [line for line in _lines(scaling) if "tokens_per_second" in line]
+def _checks(machine: Machine, scaling: Path) -> Iterator[Sequence[str]]:
+    lines = [line for line in lines_of(scaling) if line["what"] in ARMS and standard(line)]
     ones = {line["what"]: line["tokens_per_second"] for line in lines if line["gpus"] == 1}
     for line in lines:
-        if line["gpus"] == 1 or line["what"] not in STATE_BYTES or line["what"] not in ones:
-            continue
-        plan = Plan(bases()["135M"], 12, step_tokens=4 * 512 * line["gpus"])
-        single = estimate(machine, replace(plan, step_tokens=4 * 512), 1, line["what"])
-        many = estimate(machine, plan, line["gpus"], line["what"])
-        if single is None or many is None:
+        gpus, arm = line["gpus"], line["what"]
+        plan = Plan(bases()["135M"], EXPERTS_TIMED, step_tokens=4 * 512 * gpus)
+        single, many = estimate(machine, replace(plan, step_tokens=4 * 512), 1, arm), estimate(machine, plan, gpus, arm)
+        if single is None or many is None or arm not in ones:
             continue
         yield (
-            line["what"], str(line["gpus"]), f"{line['tokens_per_second'] / ones[line['what']]:.2f}",
-            f"{single.seconds / many.seconds:.2f}", f"{line['sent_bytes']:,}, {line['formula_bytes']:,}",
+            arm, str(gpus), f"{line['ms']:.1f}", f"{1e3 * many.step:.1f}", f"{line['tokens_per_second'] / ones[arm]:.2f}",
+            f"{single.seconds / many.seconds:.2f}", f"{line['reserved_gib']:.1f}", f"{many.memory / GIB:.1f}",
+            f"{line['sent_bytes']:,}", f"{line['formula_bytes']:,}",
         )  # fmt: skip
 
 
@@ -248,7 +252,7 @@ def _cell(found: Estimate | None) -> str:
         return "does not fit"
     hours = found.seconds / 3600
     time = f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.2g} min"
-    rounds = f" x{found.waves}" if found.waves > 1 else ""
+    rounds = (f" x{found.waves}" if found.waves > 1 else "") + (" r" if found.recomputed else "")
     return f"{time}{rounds}, {found.memory / GIB:.0f} GiB, {100 * found.share_lost:.0f} %"
 
 
@@ -259,7 +263,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--training", type=Path)
+    parser.add_argument("--training", type=Path, nargs="+", default=[])
     parser.add_argument("--scaling", type=Path)
     parser.add_argument("--into", type=Path)
     options = parser.parse_args()

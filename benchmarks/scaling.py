@@ -6,8 +6,9 @@
 
 An arm is parallel:strategy. Rows per GPU stay (weak scaling: `--rows` of each of 12 experts a GPU); with `--strong` rows in all do.
 Expert parallelism gives every process twelve experts divided by W, with W times the rows of each. `link` times an all-reduce of
-256 MiB. Bytes are counted in eager steps (train/traffic.py): they depend on what is trained, not on the rows. JSON is rewritten
-after every arm; an arm that fails leaves its error there and the rest go on in new processes.
+256 MiB; `waits` counts what waits for the device in a step. Bytes are counted in eager steps (train/traffic.py): they depend on
+what is trained, not on the rows. JSON is rewritten after every arm; an arm that fails leaves its error there and the rest go on in
+new processes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +140,7 @@ class Worker:
         kind = self.options.kind
         with running(kind, self.shape, EXPERTS, in_all, self.device, micro_rows=per_rank, **settings) as run:
             found = timed(run.step, self.device, self.options.seconds)
-            rate = 1e3 * run.tokens / found["ms"]
+            rate, waited = 1e3 * run.tokens / found["ms"], waits(run.step, self.device)
         with running(kind, self.shape, EXPERTS, world.size, self.device, compile="off", **settings) as run:
             for _ in range(SEEN):
                 run.step()
@@ -146,7 +148,7 @@ class Worker:
                 run.step()
             entries, formula = sum(shape.numel() for shape in run.engine.shapes.values()), sent(run, parallel)
         return {
-            "kind": kind, "rows_a_gpu": per_rank, **found, "tokens_per_second": round(rate), "trained": entries,
+            "kind": kind, "rows_a_gpu": per_rank, **found, "tokens_per_second": round(rate), "waits": waited, "trained": entries,
             "sent_bytes": round(traffic.sent), "formula_bytes": formula, "collectives": dict(traffic.calls),
             "payload_bytes": dict(traffic.payload),
         }  # fmt: skip
@@ -157,6 +159,21 @@ class Worker:
         seconds = min(elapsed_ms(lambda: dist.all_reduce(tensor), self.device) for _ in range(8)) / 1e3
         sent = 2 * (self.world.size - 1) / self.world.size * tensor.numel() * 4
         return {"mebibytes": tensor.numel() * 4 / 2**20, "gigabytes_per_second": round(sent / seconds / 1e9, 1)}
+
+
+def waits(step: Callable[[], Any], device: torch.device) -> int | None:
+    """How often PyTorch waits for the device by itself in a step (its debug mode of synchronisations counts; waits that are asked
+    for, as for the verdict of the step before, it lets pass)."""
+    if device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(one.message) for one in seen)
 
 
 def sent(run: Run, parallel: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+
+
+def gate(layer: Any, function: Any, k: int, arrow: bool) -> float:
+    from routed_lora_layers import timed
+    from routed_lora_peers import error_of
+
+    return timed(layer, function, error_of(layer, k, arrow))["error"]
 
 
 def test_every_formulation_is_the_same_function_and_has_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -45,12 +53,102 @@ def test_every_formulation_is_the_same_function_and_has_a_row(monkeypatch: pytes
 
 def test_a_wrong_formulation_is_seen() -> None:
     """Weights of the wrong experts: the comparison with fp64 that stands before every time is not a formality."""
-    from routed_lora import gate
     from routed_lora_peers import Layer, plain_concat
 
     layer = Layer("tiny", 4, 30, 1, torch.device("cpu"), torch.float32)
     assert gate(layer, plain_concat(2), 2, False) < 1e-5
     assert gate(layer, plain_concat(1), 2, False) > 1e-2
+
+
+def layer_cells(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> list[dict[str, Any]]:
+    import routed_lora
+
+    common = ["--parts", "layer", "--shapes", "tiny", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["routed_lora.py", *common, *words])
+    routed_lora.main()
+    return json.loads(out.read_text())["cells"]
+
+
+def test_a_wrong_formulation_of_ours_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import routed_lora_layers
+    from routed_lora_peers import plain_concat
+
+    def two(options: Any, layer: Any, k: int) -> dict[str, Any]:
+        return {"ours": plain_concat(1), "fused": plain_concat(k)}
+
+    monkeypatch.setattr(routed_lora_layers, "rows", two)
+    found = layer_cells(monkeypatch, tmp_path / "found.json", "--tokens", "9", "--experts", "4", "--k", "2")
+    ours, fused = (next(c for c in found if c["what"] == name) for name in ("ours", "fused"))
+    assert ours["error"] > 1e-2
+    assert ("ms" in ours, "refused" in ours) == (False, True)
+    assert ("ms" in fused, "refused" in fused) == (True, False)
+
+
+def test_the_grid_is_whole_and_its_first_k_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every cell of the grid has a row of every peer: a time, or why there is none."""
+    import routed_lora_layers
+    from routed_lora_peers import PEERS
+
+    monkeypatch.setattr(routed_lora_layers, "MOST_BYTES", 50_000)  # of the tiny shape
+    words = ["--tokens", "3", "19", "--experts", "2", "16", "--k", "1", "2", "4"]
+    found = layer_cells(monkeypatch, tmp_path / "found.json", *words)
+    rows = [c for c in found if c["k"]]
+    want = {(n, t, k, name) for n in (2, 16) for t in (3, 19) for k in (1, 2, 4) if k <= n for name in PEERS}
+    assert {(c["experts"], c["tokens"], c["k"], c["what"]) for c in rows} == want
+    assert len(rows) == len(want)
+    skipped = [c for c in rows if "ms" not in c]
+    assert {(c["experts"], c["tokens"], c["what"]) for c in skipped} == {
+        (16, 19, "peft_arrow"),
+        (16, 19, "mttl"),
+        (2, 19, "mttl"),
+    }
+    assert all("skipped" in c for c in skipped)
+    ks = [c["k"] for c in rows]
+    assert ks.index(1) > max(i for i, k in enumerate(ks) if k == 2)
+    assert next(c["experts"] for c in rows if c["k"] == 2) == 16
+    assert sum(c["k"] == 0 for c in found) == 2 * 4  # base and one LoRA, once a cell
+
+
+def test_what_the_budget_leaves_out_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["--tokens", "3", "--experts", "2", "--k", "2", "--budget-seconds", "0"]
+    found = layer_cells(monkeypatch, tmp_path / "found.json", *words)
+    assert [(c["experts"], c["ks"], "budget" in c["skipped"]) for c in found] == [(2, [2], True)]
+
+
+def test_a_layer_with_other_tokens_has_the_same_experts() -> None:
+    from routed_lora_layers import jobs
+    from routed_lora_peers import Layer, plain_concat
+
+    bank = Layer("tiny", 3, 1, 2, torch.device("cpu"), torch.float32)
+    layer = bank.at(7, 1)
+    assert (layer.tokens, len(layer.copies), [x.shape[0] for x in layer.inputs]) == (7, 1, [7] * 4)
+    assert layer.copies[0][0].a_RI is bank.copies[0][0].a_RI
+    assert gate(layer, plain_concat(2), 2, False) < 1e-5
+    assert gate(bank.last(), plain_concat(2), 2, False) < 1e-5
+    options = argparse.Namespace(k=[1, 2, 4], shapes=["tiny"], experts=[2, 16], tokens=[1, 9], ours=["table", "split"])
+    found = jobs(options)
+    assert found[0] == ("tiny", 16, 1, 2, "table")
+    assert len(found) == len(set(found)) == 2 * 2 * (3 + 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_compared_is_what_is_timed() -> None:
+    """A formulation that goes another way while it is captured, and is wrong there."""
+    from routed_lora_layers import timed
+    from routed_lora_peers import Layer, error_of, plain_concat
+
+    layer = Layer("tiny", 4, 30, 2, torch.device("cuda"), torch.bfloat16)
+    right, check = plain_concat(2), error_of(layer, 2)
+
+    def other(x: torch.Tensor, group: Any) -> list[torch.Tensor]:
+        return [2 * y if torch.cuda.is_current_stream_capturing() else y for y in right(x, group)]
+
+    assert timed(layer, right, check, limit=2e-2)["mode"] == "graph"
+    wrong = timed(layer, other, check, limit=2e-2)
+    assert wrong["error"] > 0.5
+    assert "ms" not in wrong
+    assert timed(layer, other, check, capture=False, limit=2e-2)["mode"] == "calls"
 
 
 def test_a_failing_peer_leaves_its_error_and_the_rest_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -72,7 +170,6 @@ def test_a_failing_peer_leaves_its_error_and_the_rest_go_on(monkeypatch: pytest.
 @pytest.mark.parametrize("bad", [slice(1500, 1700), slice(4990, 5000)])
 def test_the_gate_sees_tokens_in_the_middle_and_at_the_end(bad: slice) -> None:
     """A race spoils tiles that come late: 5,000 tokens, of which one tile's outputs are wrong."""
-    from routed_lora import gate
     from routed_lora_peers import Layer, plain_concat
 
     layer = Layer("tiny", 2, 5000, 1, torch.device("cpu"), torch.float32)
@@ -87,7 +184,6 @@ def test_the_gate_sees_tokens_in_the_middle_and_at_the_end(bad: slice) -> None:
 
 def test_a_nan_at_a_later_linear_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from quietgoose.kernels.testing import relative_rmse
-    from routed_lora import gate
     from routed_lora_peers import Layer, plain_concat
 
     layer, right = Layer("tiny", 2, 9, 1, torch.device("cpu"), torch.float32), plain_concat(1)

@@ -1,6 +1,7 @@
 """Packing and the order of batches: nothing lost, nothing doubled, the same for any number of processes."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -107,6 +108,26 @@ def test_batches_are_a_pure_function_of_the_step():
         for x, y in zip(found.micro, wanted.micro, strict=True):
             assert all(torch.equal(getattr(x, f), getattr(y, f)) for f in (*FIELDS, "expert_B"))
     assert rows_of(forward[0].micro) != rows_of(forward[1].micro)
+
+
+def test_the_next_step_is_made_while_this_one_is_used(monkeypatch):
+    """By another thread, before anybody asks for it, and only once."""
+    made: list[tuple[int, bool]] = []
+    begun = {step: threading.Event() for step in range(5)}
+    make = StepData._make
+
+    def seen(self, step):
+        made.append((step, threading.current_thread() is threading.main_thread()))
+        begun[step].set()
+        return make(self, step)
+
+    monkeypatch.setattr(StepData, "_make", seen)
+    data = StepData([expert("a")], 3, 4, seed=5)
+    for step in range(3):
+        assert data.step(step).step == step
+        assert begun[step + 1].wait(10), "nobody makes the next step"
+    data.close()
+    assert made == [(step, False) for step in range(4)]
 
 
 def test_an_expert_sees_the_same_rows_alone_and_with_others():
