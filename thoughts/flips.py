@@ -17,6 +17,7 @@ from torch import Tensor
 from . import stats
 from .attention import BranchState
 from .branch import START, first_position, look_ahead, run_branches
+from .calibration import calibrate
 from .config import ThoughtConfig
 from .policy import Policy, PolicyTensors
 from .recompute import layers_of, recomputed
@@ -35,8 +36,10 @@ def flip_sums(
     tokens each, and how many of them chose another set of experts."""
     prefix, tensors = prefix.detach(), tensors.with_flat([tensor.detach() for tensor in tensors.flat()])
     steps = thoughts.tokens_BAST.shape[-1]
+    store = ThoughtStore.over(prefix, config, thoughts.anchors.count)
+    calibrate(store, policy, tensors, prefix.keys[0].shape[2], prefix.hidden_BLD.device)
     with torch.no_grad(), choices() as sampled:
-        _replay(policy, tensors, prefix, rows, thoughts, config)
+        _replay(policy, tensors, prefix, rows, thoughts, store)
     forget = bool(layers_of(policy.model))  # nothing goes backward
     with torch.enable_grad(), choices() as trained, policy.bind(tensors), recomputed(policy.model, forget):
         look_ahead(policy.model, tensors.thought, prefix, rows, thoughts, config.lookahead)
@@ -53,17 +56,15 @@ def flip_sums(
 
 
 def _replay(
-    policy: Policy, tensors: PolicyTensors, prefix: Prefix, rows: Rows, thoughts: Thoughts, config: ThoughtConfig
+    policy: Policy, tensors: PolicyTensors, prefix: Prefix, rows: Rows, thoughts: Thoughts, store: ThoughtStore
 ) -> None:
     """The rollout's steps over what it drew, uncaptured (rollout.py)."""
-    anchors = replace(thoughts.anchors, consecutive_from=None)
-    store = ThoughtStore.over(prefix, config, anchors.count)
-    store.measure(prefix.keys, prefix.values)
+    anchors, samples = replace(thoughts.anchors, consecutive_from=None), thoughts.tokens_BAST.shape[2]
     position_BA = first_position(rows, anchors)
     start_BAS1 = torch.full_like(thoughts.tokens_BAST[..., :1], START)
     fed_BAST = torch.cat([start_BAS1, thoughts.tokens_BAST[..., :-1]], -1)
     for number, token_BAS in enumerate(fed_BAST.unbind(-1)):
         step = torch.full((1,), number, dtype=torch.int64, device=start_BAS1.device)
-        state = BranchState.over(prefix, anchors, config.samples, store=store, step=step)
+        state = BranchState.over(prefix, anchors, samples, store=store, step=step)
         with policy.bind(tensors):
             run_branches(policy.model, tensors.thought, state, token_BAS.unsqueeze(-1), position_BA + step)

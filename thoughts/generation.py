@@ -94,11 +94,12 @@ class ThoughtGeneration:
         Gate(self.think_at)
 
     def applied_to(self, config: ThoughtConfig) -> ThoughtConfig:
-        """What was trained, with these sizes; greedy thoughts keep its temperature for their log-probabilities."""
+        """What was trained, with these sizes; greedy thoughts keep its temperature for their log-probabilities. Thoughts are kept
+        as the text's cache keeps them, however a training rollout kept its own: who samples these again gets the same ones."""
         temperature = self.temperature or config.temperature
         return replace(
             config, tokens=self.tokens or config.tokens, samples=self.samples, temperature=temperature,
-            policy_temperature=temperature,
+            policy_temperature=temperature, rollout_cache="exact",
         )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from ..base.randomness import draw_seed, uniform
 from ..kernels.linear_loss import scores
 from .attention import BranchState, switch
 from .branch import first_position, head_pieces, language_head, run_branches
+from .calibration import calibrate
 from .config import ThoughtConfig
 from .graphs import GraphPool, Kept, own_stream
 from .policy import Policy, PolicyTensors
@@ -165,7 +166,7 @@ class _Stepper:
         """What one rollout reads: by reference, or copied to where the captured step reads."""
         self.seed.copy_(seed)
         prefix = prefix.detach()
-        self.store.measure(prefix.keys, prefix.values)
+        calibrate(self.store, self.policy, tensors, prefix.keys[0].shape[2], self.seed.device)
         if not self.capture:
             self.tensors, self.prefix = tensors, prefix
             return

@@ -24,9 +24,8 @@ SUMS = (
     "reward_within",  # square of reward minus mean over samples
     "advantage_size",  # |A|
     "thought_tokens",  # valid (anchor, sample, thought token)
-    "entropy",  # of the distribution each was drawn from, under the training policy
-    "logprob",  # log pi of the drawn token, training policy
-    "compared",  # thought tokens whose log pi_old is under the same temperature
+    "entropy",  # of the distribution each was drawn from, at the temperature of sampling, by the training policy
+    "logprob",  # log pi of the drawn token, likewise
     "difference",  # |log pi - log pi_old|
     "divergence",  # estimate of KL(rollout || train)
     "ratio",  # pi / pi_old, not truncated
@@ -75,25 +74,20 @@ def mixing_sums(weight_BASJ: Tensor, reward_BAS: Tensor, advantage_BAS: Tensor, 
 
 
 def policy_sums(
-    logprob_BAST: Tensor, logprob_old_BAST: Tensor | None, entropy_BAST: Tensor, valid_BA: Tensor, cap: float
+    logprob_BAST: Tensor, logprob_old_BAST: Tensor, entropy_BAST: Tensor, valid_BA: Tensor, cap: float
 ) -> dict[str, Tensor]:
-    """Sums over thought tokens; `logprob_old_BAST` None where it was recorded under another temperature."""
+    """Sums over thought tokens, all three at the temperature of sampling: under another one pi and pi_old have no ratio."""
     mask_BAST = valid_BA[:, :, None, None].expand_as(logprob_BAST).double()
 
     def total(x: Tensor) -> Tensor:
         return (x * mask_BAST).sum()
 
-    found = {
+    difference = (logprob_BAST - logprob_old_BAST).detach().double()
+    ratio = difference.exp()
+    return {
         "thought_tokens": mask_BAST.sum(),
         "entropy": total(entropy_BAST),
         "logprob": total(logprob_BAST.detach()),
-    }
-    if logprob_old_BAST is None:
-        return found
-    difference = (logprob_BAST - logprob_old_BAST).detach().double()
-    ratio = difference.exp()
-    return found | {
-        "compared": mask_BAST.sum(),
         "difference": total(difference.abs()),
         "divergence": total(policy_divergence(logprob_BAST.double(), logprob_old_BAST.double())),
         "ratio": total(ratio),
@@ -127,8 +121,6 @@ def summarise(sums: Tensor) -> dict[str, float]:
         n = s["thought_tokens"]
         found["thought_entropy"] = s["entropy"] / n
         found["thought_logprob"] = s["logprob"] / n
-    if s["compared"]:
-        n = s["compared"]
         found["rollout_dlogp"] = s["difference"] / n
         found["rollout_kl"] = s["divergence"] / n
         found["ratio_mean"] = s["ratio"] / n

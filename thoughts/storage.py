@@ -3,7 +3,8 @@
 The gradient pass never reads them. Quantised, each token and head has its own fp16 scale, so appending a position never
 touches an earlier one and nothing is quantised twice; one layer at a time is turned back for its attention. Keys have channels
 far from zero and far larger than others (KIVI, arXiv 2402.02750), which would take the few steps of all channels: numbers are
-therefore taken less the text's mean and over its spread, channel by channel, before they are rounded (`measure`).
+therefore taken less a mean and over a spread, channel by channel, before they are rounded: those of a text that is no row's
+(calibration.py), since of its own row an anchor sees the beginning only.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ LEVELS: dict[str, int] = {"int8": 127, "int4": 7}
 
 @dataclass(frozen=True)
 class Codes:
-    """One buffer. exact: values [B, K, A, S, N, C]; else codes int8 [.., C] (int4: [.., C / 2]), scales [.., 1], and the text's
-    mean and spread of each channel, [B, K, 1, 1, 1, C]."""
+    """One buffer. exact: values [B, K, A, S, N, C]; else codes int8 [.., C] (int4: [.., C / 2]), scales [.., 1], and a mean and a
+    spread of each channel, [1, K, 1, 1, 1, C]."""
 
     values: Tensor
     scales: Tensor | None = None
     centre: Tensor | None = None
     spread: Tensor | None = None
 
-    def measure(self, text_BKLC: Tensor) -> None:
+    def measure(self, text_1KLC: Tensor) -> None:
         """Mean and spread of the text's channels. A channel that hardly moves in it counts as moving a tenth of the others, so
         that it does not take all steps where a thought moves it."""
         if self.centre is None or self.spread is None:
             return
-        var_BKC, mean_BKC = torch.var_mean(text_BKLC.to(self.centre.dtype), dim=2, correction=0)
-        floor_BK1 = 1e-2 * var_BKC.mean(-1, keepdim=True) + 1e-4 * mean_BKC.square().mean(-1, keepdim=True)
-        self.centre.copy_(mean_BKC.view_as(self.centre))
-        self.spread.copy_((var_BKC + floor_BK1 + 1e-8).sqrt().view_as(self.spread))
+        var_1KC, mean_1KC = torch.var_mean(text_1KLC.to(self.centre.dtype), dim=2, correction=0)
+        floor_1K1 = 1e-2 * var_1KC.mean(-1, keepdim=True) + 1e-4 * mean_1KC.square().mean(-1, keepdim=True)
+        self.centre.copy_(mean_1KC.view_as(self.centre))
+        self.spread.copy_((var_1KC + floor_1K1 + 1e-8).sqrt().view_as(self.spread))
 
 
 class ThoughtStore:
@@ -68,9 +69,9 @@ class ThoughtStore:
         return cls(config.rollout_cache, len(prefix.keys), shape, key.dtype, key.device)
 
     def measure(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """The text's keys and values [B, K, L, C] of every layer, before a rollout. What was appended before is void."""
-        for codes, text_BKLC in zip((*self._keys, *self._values), (*keys, *values), strict=True):
-            codes.measure(text_BKLC)
+        """A text's keys and values [1, K, L, C] of every layer, before a rollout. What was appended before is void."""
+        for codes, text_1KLC in zip((*self._keys, *self._values), (*keys, *values), strict=True):
+            codes.measure(text_1KLC)
 
     def append(self, layer: int, slot: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write key and value [B, K, A, S, 1, C] into `slot` (int64, one element, on the device); the layer's keys and
@@ -88,7 +89,7 @@ class ThoughtStore:
             return Codes(torch.zeros(shape, dtype=self.dtype, device=device))
         width = shape[-1] // (2 if self.kind == "int4" else 1)
         scale_dtype = torch.float32 if self.dtype == torch.float64 else torch.float16
-        frame = (*shape[:2], 1, 1, 1, shape[-1])
+        frame = (1, shape[1], 1, 1, 1, shape[-1])
         return Codes(
             torch.zeros(*shape[:-1], width, dtype=torch.int8, device=device),
             torch.zeros(*shape[:-1], 1, dtype=scale_dtype, device=device),

@@ -99,9 +99,13 @@ class ChunkTerms:
         if config.has_entropy_bonus:  # beta multiplies the whole term, and the bonus is no part of it
             loss_BAST = loss_BAST - config.entropy_bonus / config.beta * entropy.view(shape)
         valid_BA = ahead.valid_BAJ.any(-1)
-        comparable = config.temperature == config.policy_temperature
         cap = config.ratio_cap if config.ratio_cap is not None else 1.0 + (config.clip or 1.0)
-        found = stats.policy_sums(logprob_BAST, old_BAST if comparable else None, entropy.view(shape), valid_BA, cap)
+        if config.temperature != config.policy_temperature:  # what is shown is of the temperature that drew
+            nll, entropy = token_nll(
+                head, hidden.detach(), thoughts.tokens_BAST.flatten(), temperature=config.temperature, banned=self.banned,
+                recompute=False, pieces=head_pieces(len(hidden), head),
+            )  # fmt: skip
+        found = stats.policy_sums(-nll.detach().view(shape), old_BAST, entropy.view(shape), valid_BA, cap)
         return loss_BAST.masked_fill(~valid_BA[:, :, None, None], 0.0).sum(), found
 
 

@@ -140,6 +140,9 @@ def check_thoughts(recipe: Recipe, context: int | None, experts: list[str]) -> I
     settings = recipe.thoughts
     yield from _check_over(settings, experts)
     yield from _check_rotary(recipe.base.model)
+    for name in ("start_like", "end_like"):
+        if not getattr(settings, name):
+            yield "CFG-112", f"thoughts.{name}: is empty; give a text whose first token the embedding begins as"
     if recipe.data.thoughts is None:
         yield "CFG-011", "data.thoughts: is not set, and the stage 'thoughts' trains on it; name its source"
     for pair in settings.curriculum_sizes:
@@ -166,9 +169,23 @@ def check_thoughts(recipe: Recipe, context: int | None, experts: list[str]) -> I
             f"thoughts.over: routed with router.name {recipe.router.name}; thoughts need a router that an export can hold: "
             f"{', '.join(ROUTERS)}",
         )
+    yield from _check_anchors(settings)
     yield from _check_trains(settings)
     if settings.trainable == "full":
         yield from _check_full(recipe)
+
+
+def _check_anchors(settings: ThoughtSettings) -> Iterator[tuple[str, str]]:
+    """Numbers of another kind of anchors than the run has: every position would think while the recipe says fewer."""
+    anchors = thought_plan(settings).stages[0].anchors
+    for name, kinds in (("every", ("every_n",)), ("share", ("random", "entropy"))):
+        value = getattr(settings, name)
+        if value is not None and anchors not in kinds:
+            yield (
+                "CFG-113",
+                f"thoughts.{name}: is {value} while thoughts.anchors is {anchors}, which does not read it; set thoughts.anchors to "
+                f"{' or '.join(kinds)}, or leave it out",
+            )
 
 
 def _check_trains(settings: ThoughtSettings) -> Iterator[tuple[str, str]]:

@@ -66,13 +66,16 @@ def test_prefix_equals_the_document_alone() -> None:
             assert_close("prefix", prefix.hidden_BLD[row, start:stop], want)
 
 
+@pytest.mark.parametrize("cache", ["exact", "int8", "int4"])
 @pytest.mark.parametrize("change", [4, 7])
-def test_the_future_changes_no_thought(change) -> None:
-    """Tokens after the anchor, in its document or another, leave tokens and probabilities of its thoughts alone."""
-    policy = policy_of(llama(), CONFIG)
+def test_the_future_changes_no_thought(change, cache) -> None:
+    """Tokens after the anchor, in its document or another, leave tokens and probabilities of its thoughts alone, also where
+    the thoughts' keys and values are rounded."""
+    config = dataclasses.replace(CONFIG, rollout_cache=cache)
+    policy = policy_of(llama(), config)
     other = ROWS.tokens_BT.clone()
     other[:, change:] = (other[:, change:] + 5) % VOCABULARY
-    first, second = thoughts_of(policy, ROWS), thoughts_of(policy, ROWS.with_tokens(other))
+    first, second = (thoughts_of(policy, rows, config) for rows in (ROWS, ROWS.with_tokens(other)))
     before = first.anchors.valid_BA & (first.anchors.index_BA < change)
     assert before.sum() > 3
     assert torch.equal(first.tokens_BAST[before], second.tokens_BAST[before])

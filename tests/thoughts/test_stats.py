@@ -58,12 +58,26 @@ def test_policy_sums_by_hand() -> None:
     assert stats.summarise(stats.collect(hidden, torch.device("cpu"))) == {"anchors": 0.0}
 
 
-def test_unmatched_temperatures_compare_nothing() -> None:
-    config = preset("paper", tokens=2, lookahead=1)
-    policy = policy_of(llama(), config)
-    found = stats.summarise(thought_loss(policy, ROWS, config, torch.ones(4), Stream(0, 0)).stats)
-    assert "rollout_kl" not in found
-    assert found["thought_entropy"] > 0
+@pytest.mark.parametrize("cache", ["exact", "int4"])
+def test_unmatched_temperatures_show_what_was_sampled(cache) -> None:
+    """The preset paper samples at 1 and takes log pi at 3: entropy and KL are those of the thoughts that were drawn."""
+    sizes = {"tokens": 3, "lookahead": 1, "samples": 2, "rollout_cache": cache}
+    found = []
+    for config in (preset("paper", **sizes), preset("default", initial_weight=0.0, **sizes)):
+        policy = policy_of(llama(), config)
+        found.append(stats.summarise(thought_loss(policy, ROWS, config, torch.ones(4), Stream(0, 0), chunk=4).stats))
+    paper, matched = found
+    names = {
+        "thought_entropy",
+        "thought_logprob",
+        "rollout_kl",
+        "rollout_dlogp",
+        "ratio_mean",
+        "effective_sample_share",
+    }
+    for name in names:  # the same thoughts of the same model
+        assert paper[name] == pytest.approx(matched[name], rel=1e-4, abs=1e-9), name
+    assert paper["rollout_kl"] < 1e-9 if cache == "exact" else paper["rollout_kl"] > 1e-6
 
 
 def test_sums_add_over_micro_batches() -> None:

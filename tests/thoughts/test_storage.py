@@ -29,7 +29,7 @@ def stored(kind: str, text: torch.Tensor | None, x: torch.Tensor) -> torch.Tenso
 
 @pytest.mark.parametrize(("kind", "bound"), [("int4", 0.5), ("int8", 0.03)])
 def test_every_channel_keeps_its_numbers(kind: str, bound: float) -> None:
-    text, x = channels(*SHAPE[:2], 40, seed=0), channels(*SHAPE[:5], seed=1)
+    text, x = channels(1, SHAPE[1], 40, seed=0), channels(*SHAPE[:5], seed=1)
     spread = torch.logspace(-1, 1, SHAPE[-1])
 
     def worst(found: torch.Tensor) -> float:
@@ -41,7 +41,7 @@ def test_every_channel_keeps_its_numbers(kind: str, bound: float) -> None:
 
 @pytest.mark.parametrize("length", [1, 40])
 def test_a_channel_that_stands_still_in_the_text_may_move_in_a_thought(length: int) -> None:
-    text, x = channels(*SHAPE[:2], length, seed=0), channels(*SHAPE[:5], seed=1)
+    text, x = channels(1, SHAPE[1], length, seed=0), channels(*SHAPE[:5], seed=1)
     text[..., 3] = 7.0
     found = stored("int8", text, x)
     assert found.isfinite().all()
@@ -51,8 +51,8 @@ def test_a_channel_that_stands_still_in_the_text_may_move_in_a_thought(length: i
 
 def test_exact_is_exact_and_bytes_are_all_bytes() -> None:
     x = channels(*SHAPE[:5], seed=1)
-    assert torch.equal(stored("exact", channels(*SHAPE[:2], 9, seed=0), x), x)
-    numbers, tokens, frames = x.numel(), x.numel() // SHAPE[-1], 2 * SHAPE[0] * SHAPE[1] * SHAPE[-1]
+    assert torch.equal(stored("exact", channels(1, SHAPE[1], 9, seed=0), x), x)
+    numbers, tokens, frames = x.numel(), x.numel() // SHAPE[-1], 2 * SHAPE[1] * SHAPE[-1]
     for kind, codes in (("int8", numbers), ("int4", numbers // 2)):
         store = ThoughtStore(kind, 3, SHAPE, torch.bfloat16, torch.device("cpu"))  # type: ignore[arg-type]
         assert store.nbytes() == 3 * 2 * (codes + 2 * tokens + 4 * frames)

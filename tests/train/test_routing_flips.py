@@ -93,8 +93,8 @@ def test_a_difference_is_counted(planted, monkeypatch) -> None:
         return
     replay = flips._replay
 
-    def wrong(policy, tensors, prefix, rows, thoughts, config):
-        replay(policy, tensors, prefix, rows, thoughts.with_tokens(thoughts.tokens_BAST.roll(1, -1)), config)
+    def wrong(policy, tensors, prefix, rows, thoughts, store):
+        replay(policy, tensors, prefix, rows, thoughts.with_tokens(thoughts.tokens_BAST.roll(1, -1)), store)
 
     monkeypatch.setattr(flips, "_replay", wrong)
     assert counted(job, data, monkeypatch)["share"] > 0.05
