@@ -19,7 +19,7 @@ GIB = 2**30
 RESULTS = Path(__file__).with_name("results")
 MEASURED = {
     "training": ["2026-11-26_training_graphs_h100.json", "2026-11-27_training_rows_h100.json"],
-    "scaling": "2026-11-26_scaling_h100.json",
+    "scaling": "2026-11-27_scaling_h100.json",
 }
 """Files of RESULTS that the numbers come from: to bring the page up to date, name newer ones."""
 ADAM_BYTES, WHOLE_BYTES = 28, 52

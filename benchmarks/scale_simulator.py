@@ -45,7 +45,7 @@ MARK, END = "<!-- simulated -->", "<!-- end of simulated -->"
 ARMS = ("data:zero0", "data:zero1", "data:zero2", "data:zero3", "expert:zero0")
 REUSE = 1_000_000_000
 """Entries: stage3_max_reuse_distance of train/strategy.py."""
-WORKSPACE = 4 * GIB
+WORKSPACE = 3 * GIB
 ROW_BYTES = 4
 """Bytes a trained entry of the rows' vectors and their gradients in bf16."""
 

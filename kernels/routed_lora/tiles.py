@@ -210,14 +210,16 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 
 # Which formulation takes a call: read downwards, the first line that holds. Columns: tokens up to, rank slots of a site
 # up to, input width up to, formulation. Measured on an H100 with experts of rank 16, ms a layer of seven linears unless said
-# otherwise; the files are 2026-11-27_routed_lora_{layers,split,many}_h100.json, 2026-11-26_routed_lora_{overlap_h200,tune_h100}.json.
+# otherwise; the files are 2026-11-27_routed_lora_{layers,split,many,scores}_h100.json and, of the 26th, overlap_h200, tune_h100.
 #   SmolLM2, 16 experts   16 tokens decode 0.057, fused 0.064; 4,096 fused 0.131, stock 0.182, grouped 0.240; 32,768 fused 0.784,
 #                         stock 0.925 (the last two on an H200)
 #   SmolLM2, 4 experts    32 tokens split and split_fused 0.056, fused 0.069; 512 split_fused 0.067, fused 0.071, split 0.082
 #   SmolLM2, 64 experts   1 token decode 0.040, split 0.074, fused 0.096
-#   SmolLM2, 166 experts  32 tokens decode 0.083, split 0.120; 512 split 0.180, grouped 0.314; 4,096 grouped 0.387, split 0.731
+#   SmolLM2, 166 experts  32 tokens decode 0.083, split 0.120; 64 split_fused 0.105, decode 0.118; 256 split_fused 0.133, grouped
+#                         0.143; 512 grouped 0.155, split_fused 0.181; 4,096 grouped 0.293, stock 0.583
 #   LLaMA3-8B, 16 experts 1 token decode 0.203, split 0.224; 32 split 0.233, decode 0.430; 512 split 0.447, fused 0.656; 1,024 split
 #                         0.794, fused 0.978; 4,096 stock 2.998, split 3.046, fused 3.413
+#   LLaMA3-8B, 166        512 split 0.786, grouped 0.811; 4,096 grouped 3.496, split 4.994
 # Estimates: between these numbers of tokens and experts; many experts and wide inputs.
 CROSSOVERS: list[tuple[int, int, int, str]] = [
     (16, LIMITLESS, LIMITLESS, "decode"),
@@ -250,13 +252,17 @@ def by_pairs(num_tokens: int, slots: int, width: int) -> bool:
 
 
 # Many experts ----------------------------------------------------------------------------------------------------------
-# Measured with 166 experts and a layer of SmolLM2 on an H100 (2026-11-27_routed_lora_many_h100.json there): 4,096 tokens 0.355 ms with
-# these tables, 32,768 1.69. Rows of route_many: tokens; columns is not read by it and by grouped_shrink.
-# what follows the library's products of x with the gates: rows tokens, depth the numbers of x read at a time. By count of
-# instructions (712 a token and site of width 576, 62 registers)
-CHOOSE_PRODUCTS: Table = [(LIMITLESS, 2048, Tiles(1, 16, 128, 1, 1)), (LIMITLESS, LIMITLESS, Tiles(1, 16, 1024, 4, 1))]
-# bytes of those products made at a time: what stays in the L2 until it is read
-PRODUCT_BYTES: list[int] = [32 * 2**20]
+# Measured with 166 experts on an H100 (2026-11-27_routed_lora_scores_h100.json there): a layer of SmolLM2 takes 0.289 ms with 4,096
+# tokens, 1.70 with 32,768; of LLaMA3-8B 0.795 with 512, 3.48 with 4,096. columns are not read by choose_products and grouped_shrink.
+# What follows the library's products of x with the gates: rows tokens, depth the numbers of x read at a time.
+CHOOSE_PRODUCTS: Table = [
+    (LIMITLESS, 2048, Tiles(1, 16, 128, 1, 1)),
+    (1024, LIMITLESS, Tiles(1, 16, 1024, 4, 1)),
+    (LIMITLESS, LIMITLESS, Tiles(1, 16, 128, 1, 1)),
+]
+# bytes of those products made at a time. Pieces that stay in the L2 do not pay: 32,768 tokens take 1.73 ms in pieces of 16 MiB, 1.72
+# of 32, 1.71 of 64, 1.70 at once (131 MB)
+PRODUCT_BYTES: list[int] = [256 * 2**20]
 # pairs an expert has at the mean up to, rows of a tile of pairs
 PAIR_ROWS: list[tuple[int, int]] = [(15, 16), (40, 32), (197, 64), (LIMITLESS, 128)]
 # rows of both are the tile's of pairs; a tile of up to 32 has products too small for more than four warps
