@@ -8,6 +8,7 @@ outside the family's range with its nearest point, and says so. Below 1 the meth
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -196,6 +197,33 @@ def _ratio(row: dict[str, Any] | None) -> str:
     return _span(row, 2) + sign
 
 
+def places(points: dict[str, tuple[float, float]], named: Sequence[str]) -> dict[str, tuple[float, float, str]]:
+    """Where each name is written (x, y of its base line, anchor): beside its point, the first place of several that covers no other
+    point and no name before it; if none does, the first."""
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points.values()]
+    found = {}
+    for name in sorted(named, key=lambda name: points[name][1]):
+        (x, y), wide = points[name], 5.6 * len(name)
+        choices = [
+            (x + 8 * side, y + 4 + shift, "start" if side > 0 else "end")
+            for shift in (0, -9, 9, -17, 17)
+            for side in (1, -1)
+        ]
+        boxes = [
+            (a if anchor == "start" else a - wide, b - 9, a + wide if anchor == "start" else a, b + 1)
+            for a, b, anchor in choices
+        ]
+        free = [i for i, box in enumerate(boxes) if not any(_meet(box, other) for other in taken)]
+        best = free[0] if free else 0
+        found[name] = choices[best]
+        taken.append(boxes[best])
+    return found
+
+
+def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
 def picture(data: dict[str, Any]) -> str:
     """SVG: KL (logarithmic) against bits for each KV number; presets named, families coloured."""
     found = {name: row for name, row in statistics(data).items() if row["kl"]["value"] > LOWEST_KL and row["bits"] < 8}
@@ -237,10 +265,12 @@ def picture(data: dict[str, Any]) -> str:
         parts.append(
             f'<circle cx="{at}" cy="{y(row["kl"]["value"]):.1f}" r="{size}" fill="{colour}"><title>{label}</title></circle>'
         )
-        if family != "zipcache":
-            parts.append(
-                f'<text x="{float(at) + 7:.1f}" y="{y(row["kl"]["value"]) + 4:.1f}" font-size="10">{escape(name)}</text>'
-            )
+    points = {name: (x(row["bits"]), y(row["kl"]["value"])) for name, row in found.items()}
+    named = [name for name in found if data["methods"][name]["family"] != "zipcache"]
+    for name, (across, down, anchor) in places(points, named).items():
+        parts.append(
+            f'<text x="{across:.1f}" y="{down:.1f}" font-size="10" text-anchor="{anchor}">{escape(name)}</text>'
+        )
     for i, (family, colour) in enumerate(seen.items()):
         at = top + 18 * i
         parts.append(f'<circle cx="{width - right + 40}" cy="{at}" r="5" fill="{colour}"/>'

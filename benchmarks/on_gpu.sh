@@ -39,12 +39,14 @@ tests() {  # 7 minutes
   run tests_cache 240 python -m pytest -q -n 6 --timeout 300 -m gpu tests/cache
   run tests_rest 420 python -m pytest -q -n 6 --timeout 300 -m gpu tests/thoughts tests/alignment tests/train
 }
-routed() {  # 16 minutes
+routed() {  # 20 minutes
   run routed_tests 300 python -m pytest -q -n 4 -rf -m gpu tests/kernels/test_routed_lora*.py tests/routing
   bench routed_models 240 routed_lora --parts models decode --shapes smollm2 --experts 16 --model-experts 16 166 --no-peft --budget-seconds 220
   bench routed_wide 150 routed_lora --parts models --shapes llama3-8b --layers 16 --model-experts 16 --batches 8x512 1x1 --no-peft --budget-seconds 130
   bench routed_layer 245 routed_lora --parts layer --shapes smollm2 --ours table --tokens 1 32 512 4096 --budget-seconds 225
   bench routed_layer_wide 245 routed_lora --parts layer --shapes llama3-8b --ours table --tokens 1 32 512 4096 --budget-seconds 225
+  bench routed_sixty_four 120 routed_lora --parts tune_many --tune-many formulations --experts 64 --tune-tokens 32 128 512 4096 32768 --budget-seconds 100
+  bench routed_many 150 routed_lora --parts tune_many models profile --shapes smollm2 --experts 166 --model-experts 166 --tune-tokens 4096 --no-peft --budget-seconds 140
   bench routed_training 200 routed_lora_training --budget-seconds 170
 }
 training() {  # 9 minutes
@@ -67,9 +69,10 @@ quality() {  # 5 minutes; TEXT
   run quality 330 python benchmarks/kv_quality.py --model "$model" --text "${TEXT:?a text file or folder}" --stages text retrieval \
     --methods "zip quality" "layers 7 18" "layers 18 23" "s16 r128 queries" --budget-seconds 300 --out "$out/quality"
 }
-thoughts() {  # 12 minutes, and 4 to 6 a seed of `permutations`
+thoughts() {  # 14 minutes, and 4 to 6 a seed of `permutations`
   bench thought_attention 150 thought_attention
   run thoughts_tests 300 python -m pytest -q -n 4 -rf -m gpu tests/thoughts tests/train/test_captured_thoughts.py tests/train/test_thought_memory.py
+  bench thoughts_bits 150 thoughts_memory --cells 512:9:2 --rows 1 --arms captured int8 int4 --branch-tokens 2048 --budget-seconds 140
   bench thoughts_memory 420 thoughts_memory --cells 512:9:2 1024:13:4 --rows 1 4 16 --arms loop captured recomputed --branch-tokens 2048 8192 32768 --budget-seconds 400
 }
 permutations() {  # experiment A's last arms, 4 to 6 minutes each; SEED

@@ -11,7 +11,7 @@ import kv_tasks
 import numpy as np
 import pytest
 import torch
-from kv_quality_report import markdown, picture, statistics
+from kv_quality_report import markdown, picture, places, statistics
 from kv_quality_score import STEP, Scorer
 from kv_tasks import Cell, TaskMaker, Windows, docstrings, text_windows
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -219,6 +219,24 @@ def test_picture_is_well_formed():
     drawn = picture(data_of({"a < b": (0.01, 5.0), "b & c": (1.0, 3.0)}))
     root = ElementTree.fromstring(drawn)
     assert len([node for node in root.iter() if node.tag.endswith("circle")]) >= 2
+
+
+def test_names_in_the_picture_cover_no_point_and_no_other_name():
+    points = {
+        "KIVI-4 R128": (100.0, 100.0),
+        "KIVI-4 R256": (140.0, 101.0),
+        "HF quanto-4": (100.0, 104.0),
+        "mine": (95.0, 92.0),
+    }
+    found = places(points, list(points))
+    boxes = []
+    for name, (x, y, anchor) in found.items():
+        begin = x if anchor == "start" else x - 5.6 * len(name)
+        boxes.append((begin, y - 9, begin + 5.6 * len(name), y + 1))
+    marks = [(x - 3, y - 3, x + 3, y + 3) for x, y in points.values()]
+    for number, (a, b, c, d) in enumerate(boxes):
+        for e, f, g, h in boxes[number + 1 :] + marks:
+            assert c <= e or g <= a or d <= f or h <= b
 
 
 def study(model, tokenizer, monkeypatch, tmp_path, chosen, *more):
