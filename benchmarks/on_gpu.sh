@@ -45,7 +45,7 @@ routed() {  # 20 minutes
   bench routed_wide 150 routed_lora --parts models --shapes llama3-8b --layers 16 --model-experts 16 --batches 8x512 1x1 --no-peft --budget-seconds 130
   bench routed_layer 245 routed_lora --parts layer --shapes smollm2 --ours table --tokens 1 32 512 4096 --budget-seconds 225
   bench routed_layer_wide 245 routed_lora --parts layer --shapes llama3-8b --ours table --tokens 1 32 512 4096 --budget-seconds 225
-  bench routed_sixty_four 120 routed_lora --parts tune_many --tune-many formulations --experts 64 --tune-tokens 32 128 512 4096 32768 --budget-seconds 100
+  bench routed_sixty_four 120 routed_lora --parts tune_many --tune-many formulations --experts 64 --tune-tokens 32 128 256 512 4096 32768 --budget-seconds 100
   bench routed_many 150 routed_lora --parts tune_many models profile --shapes smollm2 --experts 166 --model-experts 166 --tune-tokens 4096 --no-peft --budget-seconds 140
   bench routed_training 200 routed_lora_training --budget-seconds 170
 }

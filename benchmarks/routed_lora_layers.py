@@ -82,9 +82,13 @@ def _run_bank(report: Any, shape: str, experts: int, ks: list[int], plain: Plain
         report.add(part="layer", shape=shape, experts=experts, failed=str(problem)[:200])
         return
     for tokens in options.tokens:
-        layer = bank.at(tokens, _copies(shape, tokens, device))
-        for k in ks:
-            run_cell(report, shape, layer, k, plain)
+        try:
+            layer = bank.at(tokens, _copies(shape, tokens, device))
+            for k in ks:
+                run_cell(report, shape, layer, k, plain)
+        except Exception as problem:  # of the base: what follows may fit
+            report.add(part="layer", shape=shape, experts=experts, tokens=tokens, ks=ks, failed=str(problem)[:200])
+            tidy(device)
 
 
 def _copies(shape: str, tokens: int, device: torch.device) -> int:

@@ -209,7 +209,7 @@ class SharedBank(nn.Module):
     def _linears(self, x_TI: Tensor) -> list[Tensor]:
         assert self.kind is not None
         (tokens, width), slots, wide = x_TI.shape, max(self.shape.slots), x_TI.dtype == torch.float32
-        name = formulation(tokens, slots, width, wide)
+        name = formulation(tokens, slots, width, wide, self.shape.widest)
         biases = [base.bias for base in self._bases if base.bias is not None]  # of all or of none
         b_RO = [self.b_RO_of(position) for position in range(len(self._bases))]
         compute = torch.ops.quietgoose.routed_linears if torch.compiler.is_compiling() else operators.linears
@@ -237,8 +237,8 @@ class SharedBank(nn.Module):
         return list(zip(hidden_SKTR.unbind(), *pairs))
 
     def _by_pairs(self, x: Tensor) -> bool:
-        tokens = x.numel() // x.shape[-1]
-        return self._takes_kernels(x) and by_pairs(tokens, max(self.shape.slots), x.shape[-1])
+        tokens, wide = x.numel() // x.shape[-1], x.dtype == torch.float32
+        return self._takes_kernels(x) and by_pairs(tokens, max(self.shape.slots), x.shape[-1], wide, self.shape.widest)
 
     def _takes_kernels(self, x: Tensor) -> bool:
         return takes_triton(self.implementation, x, self._problem(x))

@@ -37,8 +37,8 @@ def route(
     x_TI: Tensor, gates: PreparedGates, tables: GroupTables, shape: GroupShape, k: int, arrow: bool,
     chosen: tiles.Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(weight fp32 [S, T, K], index int32 [S, T, K]); more than MOST_FUSED experts and 16-bit tokens from products of the library, as
-    many tokens at a time as leave them in the L2."""
+    """(weight fp32 [S, T, K], index int32 [S, T, K]); more than MOST_FUSED experts and 16-bit tokens from products of the library,
+    of at most PRODUCT_BYTES at a time (or of 128 tokens, if theirs are more)."""
     if not gates.high_ZI.numel() or (shape.num_experts <= tiles.MOST_FUSED and not chosen):
         return launch.route(x_TI, gates, tables, shape, k, arrow)[:2]
     x_TI, (num_tokens, width), sites = _rows(x_TI), x_TI.shape, len(shape.slots)

@@ -104,10 +104,9 @@ def split_gates(vectors_ZI: Tensor, dtype: torch.dtype) -> PreparedGates:
     if dtype not in (torch.bfloat16, torch.float16):
         empty = vectors_ZI.new_empty(0, vectors_ZI.shape[1])
         return PreparedGates(vectors_ZI, empty, empty, vectors_ZI.sum(1).float())
-    both_PI = vectors_ZI.new_empty(2 * len(vectors_ZI), vectors_ZI.shape[1], dtype=dtype)
-    high, low = both_PI.chunk(2)
-    high.copy_(vectors_ZI)
-    low.copy_(vectors_ZI - high.to(vectors_ZI.dtype))
+    high = vectors_ZI.to(dtype)
+    both_PI = torch.cat([high, (vectors_ZI - high.to(vectors_ZI.dtype)).to(dtype)])
+    high, low = both_PI[: len(high)], both_PI[len(high) :]
     return PreparedGates(vectors_ZI, high, low, (high.double() + low.double()).sum(1).float())
 
 

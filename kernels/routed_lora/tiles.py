@@ -215,8 +215,8 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 #                         stock 0.925 (the last two on an H200)
 #   SmolLM2, 4 experts    32 tokens split and split_fused 0.056, fused 0.069; 512 split_fused 0.067, fused 0.071, split 0.082
 #   SmolLM2, 64 experts   1 token decode 0.040, split 0.074, fused 0.096
-#   SmolLM2, 166 experts  32 tokens decode 0.083, split 0.120; 64 split_fused 0.105, decode 0.118; 256 split_fused 0.133, grouped
-#                         0.143; 512 grouped 0.155, split_fused 0.181; 4,096 grouped 0.293, stock 0.583
+#   SmolLM2, 166 experts  32 tokens decode 0.083, split 0.120; 64 split_fused 0.105, decode 0.118; 256 fused 0.131, split_fused
+#                         0.133, grouped 0.143; 512 grouped 0.155, split_fused 0.181; 4,096 grouped 0.293, stock 0.583
 #   LLaMA3-8B, 16 experts 1 token decode 0.203, split 0.224; 32 split 0.233, decode 0.430; 512 split 0.447, fused 0.656; 1,024 split
 #                         0.794, fused 0.978; 4,096 stock 2.998, split 3.046, fused 3.413
 #   LLaMA3-8B, 166        512 split 0.786, grouped 0.811; 4,096 grouped 3.496, split 4.994
@@ -236,19 +236,27 @@ CROSSOVERS: list[tuple[int, int, int, str]] = [
 ]
 
 
-def formulation(num_tokens: int, slots: int, width: int, wide: bool = False) -> str:
+# The largest rank that `grouped` takes with 16-bit and with fp32 numbers: a program of grouped_shrink and of grouped_expand holds
+# an expert's whole rank beside up to 128 tokens. Compiled for an H100 they share up to 192 KiB of its 227 at these ranks, at twice
+# those more than there is.
+WIDEST_OF_PAIRS: list[int] = [256, 128]
+
+
+def formulation(num_tokens: int, slots: int, width: int, wide: bool = False, widest: int = 16) -> str:
     """decode, fused, stock, split, split_fused or grouped for a call. `wide` (fp32 numbers): base products are left to the library,
-    and scores to our kernel, whose fp32 products are never TF32."""
+    and scores to our kernel, whose fp32 products are never TF32. widest: the largest rank of an expert."""
     name = next(
         found for tokens, most_slots, most_width, found in CROSSOVERS
         if num_tokens <= tokens and slots <= most_slots and width <= most_width
     )  # fmt: skip
+    if name == "grouped" and widest > WIDEST_OF_PAIRS[wide]:
+        return "stock"
     return "stock" if wide and name in ("fused", "split", "split_fused") else name
 
 
-def by_pairs(num_tokens: int, slots: int, width: int) -> bool:
+def by_pairs(num_tokens: int, slots: int, width: int, wide: bool = False, widest: int = 16) -> bool:
     """Whether training sorts (token, slot) pairs; else masked concatenation in plain PyTorch."""
-    return formulation(num_tokens, slots, width) == "grouped"
+    return formulation(num_tokens, slots, width, wide, widest) == "grouped"
 
 
 # Many experts ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ of 448 steps in two passes, on 132 multiprocessors). The library's product split
 GPU, and `weigh_products` has a program for every token and site, so that reading x for its statistics fills it too.
 
 With many experts (`choose_products`) the products are the gates' alone. Their scores do not fit into registers beside a product of
-many tokens, which is what a kernel of both would be; written and read they are 8 bytes a token and expert, in the L2.
+many tokens, which is what a kernel of both would be; written and read they are 8 bytes a token and expert, in the L2 while tokens
+are few (tiles.py: what PRODUCT_BYTES says).
 """
 
 from __future__ import annotations

@@ -167,6 +167,26 @@ def test_a_failing_peer_leaves_its_error_and_the_rest_go_on(monkeypatch: pytest.
     assert rows["r_three"]["ms"] > 0
 
 
+def test_a_cell_whose_base_fails_leaves_the_other_cells_to_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import routed_lora_layers
+
+    plain = routed_lora_layers.base
+
+    def base(x: torch.Tensor, group: Any) -> list[torch.Tensor]:
+        if len(x) == 19:
+            raise RuntimeError("no memory for so many tokens")
+        return plain(x, group)
+
+    monkeypatch.setattr(routed_lora_layers, "base", base)
+    words = ["--tokens", "19", "3", "--experts", "2", "--k", "2", "1", "--peers", "plain_concat"]
+    found = layer_cells(monkeypatch, tmp_path / "found.json", *words)
+    failed = [c for c in found if "failed" in c]
+    assert [(c["tokens"], c["ks"], c["failed"]) for c in failed] == [
+        (19, [2], "no memory for so many tokens"), (19, [1], "no memory for so many tokens"),
+    ]  # fmt: skip
+    assert {(c["tokens"], c["k"]) for c in found if c.get("what") == "plain_concat"} == {(3, 2), (3, 1)}
+
+
 @pytest.mark.parametrize("bad", [slice(1500, 1700), slice(4990, 5000)])
 def test_the_gate_sees_tokens_in_the_middle_and_at_the_end(bad: slice) -> None:
     """A race spoils tiles that come late: 5,000 tokens, of which one tile's outputs are wrong."""

@@ -7,6 +7,7 @@ import torch
 from quietgoose.kernels.routed_lora import (
     add_routed_lora,
     add_row_lora,
+    by_pairs,
     dense_weights,
     formulation,
     gate_logits,
@@ -119,3 +120,11 @@ def test_every_call_has_a_formulation() -> None:
             for width in (192, 4096):
                 assert formulation(tokens, slots, width) in known
                 assert formulation(tokens, slots, width, wide=True) in known - {"fused", "split", "split_fused"}
+
+
+@pytest.mark.parametrize(("wide", "widest"), [(False, 256), (True, 128)])
+def test_experts_too_wide_for_a_program_are_not_taken_by_pairs(wide: bool, widest: int) -> None:
+    assert by_pairs(4096, 2048, 576, wide, widest)
+    assert formulation(4096, 2048, 576, wide, widest) == "grouped"
+    assert not by_pairs(4096, 2048, 576, wide, widest + 1)
+    assert formulation(4096, 2048, 576, wide, widest + 1) == "stock"

@@ -67,8 +67,8 @@ JITFunction.__getitem__ = record
 kind, width, outs = torch.bfloat16, 576, (576, 192, 192)
 
 
-def problem(tokens, experts):
-    ranks = [[16] * experts] * 3
+def problem(tokens, experts, rank=16):
+    ranks = [[rank] * experts] * 3
     shape, tables = group_shape(ranks), group_tables(ranks, torch.device("cpu"))
     x, a = torch.zeros(tokens, width, dtype=kind), torch.zeros(sum(shape.slots), width, dtype=kind)
     sites = launch.Sites([torch.zeros(o, width, dtype=kind) for o in outs], [], [a.new_zeros(shape.slots[0], o) for o in outs])
@@ -115,6 +115,12 @@ for tokens in (4096, 32768):
     grouped.expand_sites_([x.new_empty(tokens, o) for o in outs], hidden, sites.b_RO, tables, shape, pairs, k)
 for tile in tiles.CANDIDATES["choose_products"]:
     grouped.route(*both, chosen=tile)
+for kind, rank in zip((torch.bfloat16, torch.float32), tiles.WIDEST_OF_PAIRS):
+    *both, a, sites = problem(8192, 4, rank)
+    x, _, tables, shape, k, _ = both
+    pairs = grouped.sort_pairs(torch.zeros(3, 8192, k, dtype=torch.int32), 4)
+    hidden = grouped.shrink_pairs(x, a, tables, shape, pairs, k, torch.zeros(3, 8192, k))
+    grouped.expand_sites_([x.new_empty(8192, o) for o in outs], hidden, sites.b_RO, tables, shape, pairs, k)
 print(json.dumps(made))
 """
 
@@ -190,6 +196,13 @@ def test_launches_by_descriptors_copy_tensors_and_fit() -> None:
     copying = [(name, shared) for name, (_, copies, shared, _) in compiled().items() if copies]
     assert len(copying) == sum("('TMA', True)" in name for name in compiled()) > 20
     assert all(shared <= 227 * 1024 for _, shared in copying), copying
+
+
+def test_the_widest_experts_that_pairs_are_taken_of_fit() -> None:
+    """8,192 tokens: the largest tiles. Twice the rank does not fit."""
+    shared = {name: found[2] for name, found in compiled().items() if name.split("'")[1].startswith("grouped_")}
+    assert {rank for rank in (16, 128, 256) if any(f"('RP', {rank})" in name for name in shared)} == {16, 128, 256}
+    assert max(shared.values()) <= 227 * 1024 < 2 * max(shared.values())
 
 
 def reaches(ptx: str) -> list[tuple[int, str, set[str]]]:

@@ -71,6 +71,23 @@ def test_one_making_a_group_and_nothing_left(small, tokens, monkeypatch, impleme
     assert all(bank._input is None for bank in banks(model))
 
 
+def test_the_table_is_asked_with_the_dtype_and_the_widest_rank(small, tokens, monkeypatch) -> None:
+    """A program of `grouped` holds a whole rank: wide ones are another formulation's."""
+    model, library = small
+    attach(model, library, implementation="triton")
+    asked: list[tuple] = []
+    monkeypatch.setattr("quietgoose.routing.shared.formulation", lambda *size: asked.append(size) or "stock")
+    monkeypatch.setattr("quietgoose.routing.shared.by_pairs", lambda *size: bool(asked.append(size)))
+    with torch.no_grad():
+        model(tokens[:1, :2].to(DEVICE))
+    want = {(2, max(b.shape.slots), b.a_RI.shape[1], True, b.shape.widest) for b in banks(model)}
+    assert {size[-1] for size in want} == {1, 3, 9}
+    assert set(asked) == want
+    asked.clear()
+    model(tokens[:1, :2].to(DEVICE))
+    assert set(asked) == want
+
+
 @pytest.mark.parametrize(
     ("router", "method"),
     [
