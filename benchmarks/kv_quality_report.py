@@ -210,11 +210,9 @@ def places(points: dict[str, tuple[float, float]], named: Sequence[str]) -> dict
             for side in (1, -1)
         ]
         boxes = [
-            (a if anchor == "start" else a - wide, b - 9, a + wide if anchor == "start" else a, b + 1)
-            for a, b, anchor in choices
+            (a - wide * (anchor == "end"), b - 9, a + wide * (anchor == "start"), b + 1) for a, b, anchor in choices
         ]
-        free = [i for i, box in enumerate(boxes) if not any(_meet(box, other) for other in taken)]
-        best = free[0] if free else 0
+        best = next((i for i, box in enumerate(boxes) if not any(_meet(box, other) for other in taken)), 0)
         found[name] = choices[best]
         taken.append(boxes[best])
     return found

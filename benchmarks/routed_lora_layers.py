@@ -12,11 +12,12 @@ than MOST_CAPTURED, of which a graph would keep a second one. r_three runs one c
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -50,26 +51,24 @@ def run_layer(report: Any) -> None:
         _compile_ahead(options)
     gc.collect()
     gc.freeze()  # what is imported is not looked at before every reading of memory
-    first, rest = _passes(options.k)
-    order = sorted(options.experts, key=lambda n: (n != 16, n != 166))
     plain: Plain = {}
-    for ks in filter(None, (first, rest)):
-        for shape in options.shapes:
-            for experts in order:
-                _run_bank(report, shape, experts, [k for k in ks if k <= experts], plain)
+    for shape, experts, ks in banks(options):
+        _run_bank(report, shape, experts, ks, plain)
 
 
-def _passes(ks: Iterable[int]) -> tuple[list[int], list[int]]:
-    """The first k, 2 where it is asked for, and the others."""
-    found = sorted(ks, key=lambda k: k != 2)
-    return found[:1], found[1:]
+def banks(options: Any) -> Iterator[tuple[str, int, list[int]]]:
+    """(shape, experts, each k) in the order in which they are measured: first of all banks one k, 2 where it is asked for, then of
+    all banks the others."""
+    ks = sorted(options.k, key=lambda k: k != 2)
+    order = sorted(options.experts, key=lambda n: (n != 16, n != 166))
+    for some, shape, experts in itertools.product((ks[:1], ks[1:]), options.shapes, order):
+        if fitting := [k for k in some if k <= experts]:
+            yield shape, experts, fitting
 
 
 def _run_bank(report: Any, shape: str, experts: int, ks: list[int], plain: Plain) -> None:
     """All numbers of tokens with one bank of experts, which is made once."""
     options, device = report.options, torch.device(report.options.device)
-    if not ks:
-        return
     if report.late():
         report.add(part="layer", shape=shape, experts=experts, ks=ks, skipped="the budget is spent")
         return
@@ -128,12 +127,16 @@ def rows(options: Any, layer: Layer, k: int) -> dict[str, Function]:
     """What is timed in a cell, by name."""
     found: dict[str, Function] = {}
     if layer.inputs[0].is_cuda:
-        found = {_name(n): ours(k, None if n == "table" else n) for n in options.ours if runs(n, layer)}
+        found = {_name(n): _ours(k, n) for n in options.ours if runs(n, layer)}
     return found | {name: PEERS[name](k) for name in options.peers}
 
 
 def _name(method: str) -> str:
     return "ours" if method == "table" else method
+
+
+def _ours(k: int, method: str) -> Function:
+    return ours(k, None if method == "table" else method)
 
 
 def runs(method: str, layer: Layer) -> bool:
@@ -205,10 +208,9 @@ def jobs(options: Any) -> list[Job]:
     """What is ours in all cells, in the order in which they are measured."""
     return [
         (shape, experts, tokens, k, method)
-        for ks in _passes(options.k) for shape in options.shapes
-        for experts in sorted(options.experts, key=lambda n: (n != 16, n != 166))
-        for tokens in options.tokens for k in ks if k <= experts for method in options.ours
-    ]  # fmt: skip
+        for shape, experts, ks in banks(options)
+        for tokens, k, method in itertools.product(options.tokens, ks, options.ours)
+    ]
 
 
 def _compile_ahead(options: Any) -> None:
@@ -241,7 +243,7 @@ def _compile_some(share: tuple[list[Job], float]) -> tuple[int, list[str]]:
         layer = bank[1].at(tokens, 1)
         try:
             if runs(method, layer):
-                layer.run(ours(k, None if method == "table" else method))
+                layer.run(_ours(k, method))
                 wait(device)
             done += 1
         except Exception as problem:

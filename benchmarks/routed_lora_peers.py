@@ -113,10 +113,10 @@ class Layer:
         """What may be trained: A and B, for gradients."""
         return [t for groups in self.copies for g in groups for t in (g.a_RI, *g.b_RO)]
 
-    def run(self, function: Callable[[Tensor, Group], list[Tensor]], copies: int | None = None) -> list[Tensor]:
+    def run(self, function: Callable[[Tensor, Group], list[Tensor]]) -> list[Tensor]:
         """The outputs of the last copy."""
         found: list[Tensor] = []
-        for groups in self.copies[: copies or len(self.copies)]:
+        for groups in self.copies:
             found = [y for x, group in zip(self.inputs, groups) for y in function(x, group)]
         return found
 

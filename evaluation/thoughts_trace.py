@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,29 +24,10 @@ from ..thoughts.policy import ModelPolicy, PolicyTensors
 from ..thoughts.prefix import run_prefix
 from ..thoughts.rollout import rollout
 from ..thoughts.scoring import Scores, score_thoughts
-from ..thoughts.types import PAUSE, Thoughts
+from ..thoughts.types import PAUSE, TextRows, Thoughts
 from .thoughts_report import SampledThought, ThoughtTrace
 
 ANCHORS_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class TextRows:
-    """One document a row, as thoughts/types.py `Rows` wants it; made from int64 [B, L]."""
-
-    tokens_BT: Tensor
-
-    @property
-    def labels_BT(self) -> Tensor:
-        return torch.cat([self.tokens_BT[:, 1:], torch.full_like(self.tokens_BT[:, :1], -100)], dim=1)
-
-    @property
-    def position_BT(self) -> Tensor:
-        return torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device).expand_as(self.tokens_BT)
-
-    @property
-    def segment_BT(self) -> Tensor:
-        return torch.ones_like(self.tokens_BT)
 
 
 @torch.no_grad()

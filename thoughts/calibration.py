@@ -9,35 +9,17 @@ Callers: rollout.py, flips.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from ..base.randomness import hashed
 from .branch import language_head
 from .policy import Policy, PolicyTensors
 from .prefix import check_prefix, masked_prefix
 from .storage import ThoughtStore
+from .types import TextRows
 
 TOKENS = 128
 SEED = 0
-
-
-@dataclass(frozen=True)
-class _Text:
-    """thoughts/types.py `Rows`: one document without labels."""
-
-    tokens_BT: Tensor
-    position_BT: Tensor
-
-    @property
-    def labels_BT(self) -> Tensor:
-        return torch.full_like(self.tokens_BT, -100)
-
-    @property
-    def segment_BT(self) -> Tensor:
-        return torch.ones_like(self.tokens_BT)
 
 
 @torch.no_grad()
@@ -47,7 +29,7 @@ def calibrate(store: ThoughtStore, policy: Policy, tensors: PolicyTensors, lengt
     if store.kind == "exact":
         return
     number_1T = torch.arange(TOKENS, device=device)[None]
-    text = _Text(hashed(SEED, number_1T) % language_head(policy.model).out_features, number_1T * length // TOKENS)
+    text = TextRows(hashed(SEED, number_1T) % language_head(policy.model).out_features, number_1T * length // TOKENS)
     check_prefix(policy.model)
     with policy.bind(tensors):
         prefix = masked_prefix(policy.model, text, None)

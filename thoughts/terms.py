@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,11 +90,20 @@ class ChunkTerms:
         """The sum over thought tokens of anchors that are scored, and what the dashboard shows of them."""
         config, shape = self.config, thoughts.tokens_BAST.shape
         hidden = ahead.branch_BASMD[..., : shape[-1], :].flatten(0, 3)
+        scored = partial(
+            token_nll,
+            head,
+            labels_T=thoughts.tokens_BAST.flatten(),
+            banned=self.banned,
+            pieces=head_pieces(len(hidden), head),
+        )
         with _gradient_if(config.has_policy):
-            nll, entropy = token_nll(
-                head, hidden, thoughts.tokens_BAST.flatten(), temperature=config.policy_temperature, banned=self.banned,
-                recompute=trains(head), entropy_gradient=config.has_entropy_bonus, pieces=head_pieces(len(hidden), head),
-            )  # fmt: skip
+            nll, entropy = scored(
+                hidden,
+                temperature=config.policy_temperature,
+                recompute=trains(head),
+                entropy_gradient=config.has_entropy_bonus,
+            )
         logprob_BAST, old_BAST = -nll.view(shape), thoughts.logprob_BAST
         loss_BAST = policy_loss(config, logprob_BAST, old_BAST, advantage_BAS)
         if config.has_entropy_bonus:  # beta multiplies the whole term, and the bonus is no part of it
@@ -101,10 +111,7 @@ class ChunkTerms:
         valid_BA = ahead.valid_BAJ.any(-1)
         cap = config.ratio_cap if config.ratio_cap is not None else 1.0 + (config.clip or 1.0)
         if config.temperature != config.policy_temperature:  # what is shown is of the temperature that drew
-            nll, entropy = token_nll(
-                head, hidden.detach(), thoughts.tokens_BAST.flatten(), temperature=config.temperature, banned=self.banned,
-                recompute=False, pieces=head_pieces(len(hidden), head),
-            )  # fmt: skip
+            nll, entropy = scored(hidden.detach(), temperature=config.temperature, recompute=False)
         found = stats.policy_sums(-nll.detach().view(shape), old_BAST, entropy.view(shape), valid_BA, cap)
         return loss_BAST.masked_fill(~valid_BA[:, :, None, None], 0.0).sum(), found
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 TERMS = ("base", "mixed", "policy", "distil")
@@ -41,6 +42,28 @@ class Rows(Protocol):
     def position_BT(self) -> Tensor: ...
     @property
     def segment_BT(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """`Rows` of one document a row, made from its tokens int64 [B, L]; places int64 [B, L]: its positions, if not 0, 1, ..."""
+
+    tokens_BT: Tensor
+    places_BT: Tensor | None = None
+
+    @property
+    def labels_BT(self) -> Tensor:
+        return torch.cat([self.tokens_BT[:, 1:], torch.full_like(self.tokens_BT[:, :1], -100)], dim=1)
+
+    @property
+    def position_BT(self) -> Tensor:
+        if self.places_BT is not None:
+            return self.places_BT
+        return torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device).expand_as(self.tokens_BT)
+
+    @property
+    def segment_BT(self) -> Tensor:
+        return torch.ones_like(self.tokens_BT)
 
 
 @dataclass(frozen=True)

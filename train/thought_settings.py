@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -154,7 +154,8 @@ def check_thoughts(recipe: Recipe, context: int | None, experts: list[str]) -> I
             "CFG-113",
             f"thoughts.curriculum_sizes: is set while thoughts.preset is {settings.preset}; set it to curriculum",
         )
-    longest = recipe.data.sequence_length + max(config.branch_length for config in thought_plan(settings).stages)
+    stages = thought_plan(settings).stages
+    longest = recipe.data.sequence_length + max(config.branch_length for config in stages)
     if context is not None and longest > context:
         yield (
             "CFG-008",
@@ -169,15 +170,14 @@ def check_thoughts(recipe: Recipe, context: int | None, experts: list[str]) -> I
             f"thoughts.over: routed with router.name {recipe.router.name}; thoughts need a router that an export can hold: "
             f"{', '.join(ROUTERS)}",
         )
-    yield from _check_anchors(settings)
-    yield from _check_trains(settings)
+    yield from _check_anchors(settings, stages[0].anchors)
+    yield from _check_trains(settings, stages)
     if settings.trainable == "full":
         yield from _check_full(recipe)
 
 
-def _check_anchors(settings: ThoughtSettings) -> Iterator[tuple[str, str]]:
+def _check_anchors(settings: ThoughtSettings, anchors: str) -> Iterator[tuple[str, str]]:
     """Numbers of another kind of anchors than the run has: every position would think while the recipe says fewer."""
-    anchors = thought_plan(settings).stages[0].anchors
     for name, kinds in (("every", ("every_n",)), ("share", ("random", "entropy"))):
         value = getattr(settings, name)
         if value is not None and anchors not in kinds:
@@ -188,9 +188,9 @@ def _check_anchors(settings: ThoughtSettings) -> Iterator[tuple[str, str]]:
             )
 
 
-def _check_trains(settings: ThoughtSettings) -> Iterator[tuple[str, str]]:
+def _check_trains(settings: ThoughtSettings, stages: Sequence[ThoughtConfig]) -> Iterator[tuple[str, str]]:
     """Stages of the run whose loss has a gradient for nothing: they would pass in silence."""
-    for config in thought_plan(settings).stages:
+    for config in stages:
         base, mixed, policy, distil = config.coefficients()
         if policy and config.samples == 1 and not config.has_entropy_bonus:
             yield (

@@ -110,6 +110,15 @@ def choose_best(b_z, o_n, num_experts, K: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def store_choice(p_weight, p_index, i_s, o_t, m_t, num_tokens, weights, indices, b_scale, K: tl.constexpr):
+    """weight fp32 and index int32 [S, T, K] of tokens o_t at site i_s, from what `choose_best` gives."""
+    for j in tl.static_range(K):
+        o_out = (i_s.to(tl.int64) * num_tokens + o_t) * K + j
+        tl.store(p_weight + o_out, weights[j] * b_scale, mask=m_t)
+        tl.store(p_index + o_out, indices[j], mask=m_t)
+
+
+@triton.jit
 def slot_shares(
     p_owner, o_r, m_r, weights, indices, b_scale, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr
 ):
@@ -190,11 +199,7 @@ def route_shrink(
     b_z = scores(b_dot, b_sum, b_squares, b_shift, b_absent, width, ARROW)
     weights, indices, b_scale = choose_best(b_z, o_n, num_experts, K, BLOCK_T)
     if STORE:
-        m_out = m_t & (i_r == 0)
-        for j in tl.static_range(K):
-            o_out = (i_s.to(tl.int64) * num_tokens + o_t) * K + j
-            tl.store(p_weight + o_out, weights[j] * b_scale, mask=m_out)
-            tl.store(p_index + o_out, indices[j], mask=m_out)
+        store_choice(p_weight, p_index, i_s, o_t, m_t & (i_r == 0), num_tokens, weights, indices, b_scale, K)
     if SHRINK:
         # after the reductions: a share need not be held beside them
         b_share = slot_shares(p_owner + first, o_r, m_r, weights, indices, b_scale, K, BLOCK_T, BLOCK_R)

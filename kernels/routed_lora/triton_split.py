@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .triton_route import choose_best, pick, row_sums, scores, slot_shares
+from .triton_route import choose_best, pick, row_sums, scores, slot_shares, store_choice
 
 
 @triton.jit
@@ -95,7 +95,4 @@ def choose_products(
         to_low, ARROW, BLOCK_T, BLOCK_I,
     )  # fmt: skip
     weights, indices, b_scale = choose_best(b_z, o_n, num_experts, K, BLOCK_T)
-    for j in tl.static_range(K):
-        o_out = (i_s.to(tl.int64) * num_tokens + first_token + o_t) * K + j
-        tl.store(p_weight + o_out, weights[j] * b_scale, mask=m_t)
-        tl.store(p_index + o_out, indices[j], mask=m_t)
+    store_choice(p_weight, p_index, i_s, first_token + o_t, m_t, num_tokens, weights, indices, b_scale, K)
