@@ -210,15 +210,17 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 
 # Which formulation takes a call: read downwards, the first line that holds. Columns: tokens up to, rank slots of a site
 # up to, input width up to, formulation. Measured on an H100 with experts of rank 16, ms a layer of seven linears unless said
-# otherwise; the files are 2026-11-27_routed_lora_{layers,split,many,scores}_h100.json and, of the 26th, overlap_h200, tune_h100.
+# otherwise; the files are 2026-11-27_routed_lora_{layers,split,many,scores,64}_h100.json and, of the 26th, overlap_h200, tune_h100.
 #   SmolLM2, 16 experts   16 tokens decode 0.057, fused 0.064; 4,096 fused 0.131, stock 0.182, grouped 0.240; 32,768 fused 0.784,
 #                         stock 0.925 (the last two on an H200)
 #   SmolLM2, 4 experts    32 tokens split and split_fused 0.056, fused 0.069; 512 split_fused 0.067, fused 0.071, split 0.082
-#   SmolLM2, 64 experts   1 token decode 0.040, split 0.074, fused 0.096
+#   SmolLM2, 64 experts   1 token decode 0.040, split 0.074, fused 0.096; 32 split_fused 0.087, decode 0.088; 512 split_fused 0.103,
+#                         grouped 0.130; 4,096 grouped 0.271, stock 0.420
 #   SmolLM2, 166 experts  32 tokens decode 0.083, split 0.120; 64 split_fused 0.105, decode 0.118; 256 fused 0.131, split_fused
 #                         0.133, grouped 0.143; 512 grouped 0.155, split_fused 0.181; 4,096 grouped 0.293, stock 0.583
 #   LLaMA3-8B, 16 experts 1 token decode 0.203, split 0.224; 32 split 0.233, decode 0.430; 512 split 0.447, fused 0.656; 1,024 split
 #                         0.794, fused 0.978; 4,096 stock 2.998, split 3.046, fused 3.413
+#   LLaMA3-8B, 64         512 split 0.574, grouped 0.802; 4,096 grouped 3.56, with its down by split 3.44, all by split 3.60
 #   LLaMA3-8B, 166        512 split 0.786, grouped 0.811; 4,096 grouped 3.496, split 4.994
 # Estimates: between these numbers of tokens and experts; many experts and wide inputs.
 CROSSOVERS: list[tuple[int, int, int, str]] = [
@@ -229,9 +231,12 @@ CROSSOVERS: list[tuple[int, int, int, str]] = [
     (1024, 512, LIMITLESS, "split"),
     (LIMITLESS, 512, LIMITLESS, "stock"),
     (32, LIMITLESS, 2048, "decode"),
+    (512, 1024, 2048, "split_fused"),
     (256, LIMITLESS, 2048, "split_fused"),
     (LIMITLESS, LIMITLESS, 2048, "grouped"),
     (512, LIMITLESS, LIMITLESS, "split"),
+    (LIMITLESS, LIMITLESS, 4096, "grouped"),
+    (4096, 1024, LIMITLESS, "split"),
     (LIMITLESS, LIMITLESS, LIMITLESS, "grouped"),
 ]
 
