@@ -33,33 +33,13 @@ class Pairs(NamedTuple):
     plan_LP: Tensor
 
 
-class Counts(NamedTuple):
-    """Choices by expert, int32 [L, blocks of SORT_BLOCK tokens, NP], 0 until they are made; ready: where another stream sets them
-    to 0, what comes after that."""
-
-    count_LBN: Tensor
-    ready: torch.cuda.Event | None = None
-
-
-def routes_by_products(gates: PreparedGates, shape: GroupShape) -> bool:
-    """Whether `route` takes scores from products of the library, and can count the choices: 16-bit tokens, more than MOST_FUSED
-    experts."""
-    return gates.high_ZI.numel() > 0 and shape.num_experts > tiles.MOST_FUSED
-
-
-def new_counts(like: Tensor, num_tokens: int, shape: GroupShape, k: int) -> Tensor:
-    """Memory of Counts, not yet set to 0."""
-    blocks = triton.cdiv(num_tokens, SORT_BLOCK)
-    return like.new_empty(len(shape.slots) * k, blocks, axis_length(shape.num_experts), dtype=torch.int32)
-
-
 def route(
     x_TI: Tensor, gates: PreparedGates, tables: GroupTables, shape: GroupShape, k: int, arrow: bool,
-    chosen: tiles.Tiles | None = None, counts: Counts | None = None,
+    chosen: tiles.Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(weight fp32 [S, T, K], index int32 [S, T, K]); where `routes_by_products`, or with `chosen` tiles, from products of the
-    library, of at most PRODUCT_BYTES at a time (or of 128 tokens, if theirs are more). Then choices are added to `counts`."""
-    if not (routes_by_products(gates, shape) or (chosen and gates.high_ZI.numel())):
+    """(weight fp32 [S, T, K], index int32 [S, T, K]); more than MOST_FUSED experts and 16-bit tokens from products of the library,
+    of at most PRODUCT_BYTES at a time (or of 128 tokens, if theirs are more)."""
+    if not gates.high_ZI.numel() or (shape.num_experts <= tiles.MOST_FUSED and not chosen):
         return launch.route(x_TI, gates, tables, shape, k, arrow)[:2]
     x_TI, (num_tokens, width), sites = _rows(x_TI), x_TI.shape, len(shape.slots)
     tile, both_PI = chosen or tiles.choose(tiles.CHOOSE_PRODUCTS, num_tokens, width), both_parts(gates)
@@ -69,35 +49,31 @@ def route(
     for first in range(0, num_tokens, piece):
         x = x_TI[first : first + piece]
         product_TP = wide_product(x, both_PI)
-        if counts and counts.ready:
-            counts.ready.wait(torch.cuda.current_stream(x.device))
         choose_products[(sites * triton.cdiv(len(x), tile.rows),)](
-            x, product_TP, gates.shift_Z, tables.absent_Z, weight, index, counts.count_LBN if counts else index,
+            x, product_TP, gates.shift_Z, tables.absent_Z, weight, index,
             first, len(x), num_tokens, width, x.stride(0), product_TP.stride(0), shape.num_experts, len(gates.high_ZI), sites,
-            K=k, NP=axis_length(shape.num_experts), ARROW=arrow, COUNTED=SORT_BLOCK if counts else 0, BLOCK_T=tile.rows,
-            BLOCK_I=min(tile.depth, axis_length(width)), num_warps=tile.warps,
+            K=k, NP=axis_length(shape.num_experts), ARROW=arrow, BLOCK_T=tile.rows, BLOCK_I=min(tile.depth, axis_length(width)),
+            num_warps=tile.warps,
         )  # fmt: skip
     return weight, index
 
 
-def sort_pairs(index_STK: Tensor, num_experts: int, counts: Counts | None = None) -> Pairs:
-    """Counting sort of every (site, slot) list by expert, stable, in two or three launches; one fewer after a `route` that counted.
-    Overwrites the counts."""
+def sort_pairs(index_STK: Tensor, num_experts: int) -> Pairs:
+    """Counting sort of every (site, slot) list by expert, stable, in two or three launches."""
     sites, num_tokens, k = index_STK.shape
     lists, padded = sites * k, axis_length(num_experts)
     blocks = triton.cdiv(num_tokens, SORT_BLOCK)
     scanned = blocks > MOST_UNSCANNED
+    counts = index_STK.new_empty(lists, blocks, padded)
     order = index_STK.new_empty(lists, num_tokens)
     plan = index_STK.new_empty(lists, tiles.plan_length(num_tokens, num_experts))
-    count_LBN = counts.count_LBN if counts else index_STK.new_empty(lists, blocks, padded)
-    if not counts:
-        count_experts[(blocks, lists)](index_STK, count_LBN, num_tokens, NP=padded, K=k, BLOCK=SORT_BLOCK)
+    count_experts[(blocks, lists)](index_STK, counts, num_tokens, NP=padded, K=k, BLOCK=SORT_BLOCK)
     if scanned:
         scan_counts[(padded // 16, lists)](
-            count_LBN, plan, blocks, plan.stride(0), NP=padded, COLUMNS=16, CHUNK=128, num_warps=4
+            counts, plan, blocks, plan.stride(0), NP=padded, COLUMNS=16, CHUNK=128, num_warps=4
         )
     place_tokens[(blocks + 1, lists)](
-        index_STK, count_LBN, order, plan, num_tokens, tiles.most_tiles(num_tokens, num_experts), num_experts, plan.stride(0),
+        index_STK, counts, order, plan, num_tokens, tiles.most_tiles(num_tokens, num_experts), num_experts, plan.stride(0),
         NP=padded, K=k, BLOCK=SORT_BLOCK, EARLIER=32, TILE=tiles.pair_rows(num_tokens, num_experts), CHUNK=32, SCANNED=scanned,
         num_warps=4 if scanned else 8,
     )  # fmt: skip
@@ -192,21 +168,13 @@ def linear_grouped(
     y = [x_TI.new_empty(len(x_TI), b_RO.shape[1]) for b_RO in sites.b_RO]
     few = x_TI.is_cuda and len(x_TI) <= tiles.GROUPED_BESIDE[0]
     beside = few and torch.cuda.is_current_stream_capturing()
-    count_LBN = new_counts(x_TI, len(x_TI), shape, k) if routes_by_products(gates, shape) else None
-    ready = None
     if beside:
         main, side = torch.cuda.current_stream(x_TI.device), _side_stream(x_TI.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            if count_LBN is not None:
-                count_LBN.zero_()
-                ready = side.record_event()
             _bases(y, x_TI, sites)
-    elif count_LBN is not None:
-        count_LBN.zero_()
-    counts = None if count_LBN is None else Counts(count_LBN, ready)
-    weight, index = route(x_TI, gates, tables, shape, k, arrow, counts=counts)
-    pairs = sort_pairs(index, shape.num_experts, counts)
+    weight, index = route(x_TI, gates, tables, shape, k, arrow)
+    pairs = sort_pairs(index, shape.num_experts)
     hidden_LTR = shrink_pairs(x_TI, a_RI, tables, shape, pairs, k, weight)
     if beside:
         torch.cuda.current_stream(x_TI.device).wait_stream(_side_stream(x_TI.device))

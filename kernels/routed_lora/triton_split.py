@@ -78,15 +78,12 @@ def weigh_products(
 
 @triton.jit
 def choose_products(
-    p_x, p_product, p_shift, p_absent, p_weight, p_index, p_count,
+    p_x, p_product, p_shift, p_absent, p_weight, p_index,
     first_token, num_here, num_tokens, width, s_x, s_product, num_experts, to_low, sites,
-    K: tl.constexpr, NP: tl.constexpr, ARROW: tl.constexpr, COUNTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
+    K: tl.constexpr, NP: tl.constexpr, ARROW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """weight fp32 and index int32 [S, T, K] of the num_here tokens from first_token on, whose x and products these are (of the
     gates: leading parts, then rests). Grid (sites x token blocks here).
-
-    COUNTED: not 0, and every choice adds one to its count in count int32 [S K, blocks of COUNTED tokens, NP], what `count_experts`
-    would find there; whole numbers, so that their order does not matter.
 
     A warp a token: its scores take eight registers a lane of 256 experts, and many warps hide what each waits for.
     """
@@ -99,8 +96,3 @@ def choose_products(
     )  # fmt: skip
     weights, indices, b_scale = choose_best(b_z, o_n, num_experts, K, BLOCK_T)
     store_choice(p_weight, p_index, i_s, first_token + o_t, m_t, num_tokens, weights, indices, b_scale, K)
-    if COUNTED:
-        blocks = tl.cdiv(num_tokens, COUNTED)
-        for j in tl.static_range(K):
-            o_block = (i_s * K + j).to(tl.int64) * blocks + (first_token + o_t) // COUNTED
-            tl.atomic_add(p_count + o_block * NP + indices[j], 1, mask=m_t, sem="relaxed")

@@ -109,13 +109,12 @@ grouped.outer_pairs(hidden, x, tables, shape, pairs, k, 0, 0)
 for tokens in (4096, 32768):
     *both, a, sites = problem(tokens, 166)
     x, _, tables, shape, k, _ = both
-    counts = grouped.Counts(grouped.new_counts(x, tokens, shape, k))
-    weight, index = grouped.route(*both, counts=counts)
-    pairs = grouped.sort_pairs(index, 166, counts)
+    weight, index = grouped.route(*both)
+    pairs = grouped.sort_pairs(index, 166)
     hidden = grouped.shrink_pairs(x, a, tables, shape, pairs, k, weight)
     grouped.expand_sites_([x.new_empty(tokens, o) for o in outs], hidden, sites.b_RO, tables, shape, pairs, k)
 for tile in tiles.CANDIDATES["choose_products"]:
-    grouped.route(*both, chosen=tile, counts=counts)
+    grouped.route(*both, chosen=tile)
 for kind, rank in zip((torch.bfloat16, torch.float32), tiles.WIDEST_OF_PAIRS):
     *both, a, sites = problem(8192, 4, rank)
     x, _, tables, shape, k, _ = both

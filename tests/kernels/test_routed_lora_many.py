@@ -121,26 +121,6 @@ def test_the_plan_holds_every_pair_once(most: int, monkeypatch: pytest.MonkeyPat
         assert places == list(range(301))
 
 
-@pytest.mark.parametrize("piece", [2**28, 1])
-def test_choices_are_counted_as_the_sort_counts_them(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block, and in pieces of products, whose tokens are not the call's first."""
-    monkeypatch.setattr(tiles, "PRODUCT_BYTES", [piece])
-    p = problem("65 experts, some absent", HALF)
-    p = p._replace(x=torch.cat([p.x, -p.x, p.x.roll(1, 1), p.x.roll(2, 1), -p.x.roll(1, 1), p.x.roll(3, 1)]))
-    shape, tokens = group_shape(p.ranks), len(p.x)
-    counts = grouped.Counts(grouped.new_counts(p.x, tokens, shape, p.k).zero_())
-    weight, index = routed(p, counts=counts)
-    apart = routed(p)
-    assert torch.equal(index, apart[1])
-    assert torch.equal(weight, apart[0])
-    blocks = counts.count_LBN.cpu().clone()
-    assert blocks.shape == (4, 3, 128)
-    for one, found in zip(index.cpu().permute(0, 2, 1).reshape(4, tokens), blocks):
-        assert torch.equal(found, torch.stack([torch.bincount(part, minlength=128) for part in one.split(128)]))
-    for want, found in zip(grouped.sort_pairs(index, 65), grouped.sort_pairs(index, 65, counts)):
-        assert torch.equal(found, want)
-
-
 def linears(
     p: Problem,
     biases: list[Tensor] | None = None,

@@ -179,7 +179,7 @@ def test_pairs_are_sorted_once_for_a_group_and_its_backward(small, tokens, monke
     sizes: list[tuple[int, ...]] = []
     sort = grouped.sort_pairs
     monkeypatch.setattr(
-        grouped, "sort_pairs", lambda index, *more: sizes.append(tuple(index.shape)) or sort(index, *more)
+        grouped, "sort_pairs", lambda index, count: sizes.append(tuple(index.shape)) or sort(index, count)
     )
     monkeypatch.setattr("quietgoose.routing.shared.by_pairs", lambda *_: True)
     model, library = small
