@@ -254,7 +254,7 @@ def formulation(num_tokens: int, slots: int, width: int, wide: bool = False, wid
         found for tokens, most_slots, most_width, found in CROSSOVERS
         if num_tokens <= tokens and slots <= most_slots and width <= most_width
     )  # fmt: skip
-    if name == "grouped" and widest > WIDEST_OF_PAIRS[wide]:
+    if name == "grouped" and widest > WIDEST_OF_PAIRS[int(wide)]:
         return "stock"
     return "stock" if wide and name in ("fused", "split", "split_fused") else name
 

@@ -15,6 +15,7 @@ from quietgoose.kernels.routed_lora import (
     routed_lora,
     slot_weights,
 )
+from torch import Tensor
 
 SHAPES = [(1, 8, 6, (4,)), (63, 24, 16, (3, 3, 3)), (100, 12, 30, (1, 64, 7, 2)), (5, 8, 8, (4, 4))]
 
@@ -109,6 +110,18 @@ def test_gate_logits_gradients_and_saved_bytes(sites: int) -> None:
     (grad,) = torch.autograd.grad(logits, half, upstream)
     exact = torch.einsum("bts,bsi->bti", upstream, single.detach())
     assert torch.equal(grad, exact.bfloat16()) if sites == 1 else (grad - exact).norm() < 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_choice_of_a_formulation_is_traced(dtype: torch.dtype) -> None:
+    """torch.compile's tracer reads it with the numbers of a call; torch 2.11 refuses a truth value as an index, for one."""
+
+    def chosen(x: Tensor) -> Tensor:
+        name = formulation(x.shape[0], 2656, x.shape[1], x.dtype == torch.float32, 16)
+        return x + ("grouped", "stock").index(name)
+
+    x = torch.zeros(4096, 8, dtype=dtype)
+    assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager")(x), chosen(x))
 
 
 def test_every_call_has_a_formulation() -> None:
