@@ -193,9 +193,11 @@ def _tune_many(report: Any, layer: Layer, shape: str, tokens: int) -> dict[str, 
             tune("route_only")
         tune("weigh_products", "split")
         if method == "stock":
-            for name, options in (("stock_piece", tiles.STOCK_PIECES), ("beside", [[0], [EVERY]])):
-                tune(name, "stock", options)
-                found.pop(name, None)  # printed with its times; not a table by size
+            tune("beside", "stock", [[(EVERY, EVERY, False)], [(EVERY, EVERY, True)]])
+            with _content("beside", [(EVERY, EVERY, False)]):  # what has a branch has no pieces
+                tune("stock_piece", "stock", [[(EVERY, EVERY, piece)] for piece in tiles.STOCK_PIECES])
+            for name in ("beside", "stock_piece"):
+                found.pop(name, None)  # printed with its times
         if "formulations" in what:
             time_formulations(report, layer, **where)
     finally:

@@ -225,17 +225,20 @@ def _base_into(y_TO: Tensor, x_TI: Tensor, weight_IO: Tensor, bias_O: Tensor | N
 
 
 def linear_in_pieces(x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: GroupShape) -> list[Tensor]:
-    """What `linear` gives, by the library's products: expand added to each piece of y while the L2 holds the piece."""
-    found, (rows, columns) = [], tiles.STOCK_PIECE
+    """What `linear` gives, by the library's products: expand added to each piece of y while the L2 holds the piece. The pieces of
+    the same outputs follow one another, so that their weights are there, too; then the next outputs, for the last tokens first."""
+    found, (rows, columns) = [], tiles.choose(tiles.STOCK_PIECE, *x_TI.shape)
     for site, h_TR in enumerate(hidden_TR.split(list(shape.slots), dim=1)):
         weight_IO, b_RO = sites.weights[site].t(), sites.b_RO[site]
         num_tokens, num_out = x_TI.shape[0], b_RO.shape[1]
         y = x_TI.new_empty(num_tokens, num_out)
-        for t in range(0, num_tokens, rows):
-            for o in range(0, num_out, columns):
+        starts = list(range(0, num_tokens, rows))
+        for o in range(0, num_out, columns):
+            for t in starts:
                 piece, x, w = y[t : t + rows, o : o + columns], x_TI[t : t + rows], weight_IO[:, o : o + columns]
                 _base_into(piece, x, w, sites.biases[site][o : o + columns] if sites.biases else None)
                 piece.addmm_(h_TR[t : t + rows], b_RO[:, o : o + columns])
+            starts.reverse()
         found.append(y)
     return found
 

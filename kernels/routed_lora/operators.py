@@ -261,7 +261,7 @@ def linears(
         begins = launch.overlap(x)
         return launch.linear(x, make(begins=begins), sites, shape, follows=begins)
     if method in ("stock", "split"):
-        if x.is_cuda and x.shape[0] <= tiles.BESIDE[0] and torch.cuda.is_current_stream_capturing():
+        if x.is_cuda and tiles.choose(tiles.BESIDE, *x.shape) and torch.cuda.is_current_stream_capturing():
             return launch.linear_beside(x, make, sites, shape)
         return launch.linear_in_pieces(x, make(), sites, shape)
     return grouped.linear_grouped(x, prepared, found, shape, k, arrow, a, sites)

@@ -75,8 +75,15 @@ WEIGH_PRODUCTS: Table = [
     (2048, LIMITLESS, Tiles(1, 256, 1024, 4, 1)),
     (LIMITLESS, LIMITLESS, Tiles(2, 256, 1024, 4, 1)),
 ]
-# tokens of `stock` and `split` up to which a captured graph gets the base products as a branch of their own
-BESIDE: list[int] = [8192]
+# Whether a captured graph of `stock` and `split` gets the base products as a branch of their own: tokens up to, width up to,
+# whether. A model of LLaMA3-8B's shape takes 1.151 times its base with the branch, 1.149 without, 1.121 without and in pieces
+# (STOCK_PIECE), at 4,096 tokens; 1.200, 1.181, 1.176 at 2,048; 1.216, 1.205, 1.185 at 512 (interleaved on one H100,
+# 2026-11-27_routed_lora_pieces_h100.json)
+BESIDE: list[tuple[int, int, bool]] = [
+    (8192, 2048, True),
+    (256, LIMITLESS, True),
+    (LIMITLESS, LIMITLESS, False),
+]
 # same file from 1,024 tokens on; below, the fastest of 2026-11-26_routed_lora_h100_first.json there, where this kernel was timed
 LINEAR_EXPAND: Table = [
     (1024, LIMITLESS, Tiles(64, 64, 64, 4, 4)),
@@ -132,10 +139,17 @@ DECODE_ONE: Table = [
 DECODE_UPDATE: Table = [
     (LIMITLESS, LIMITLESS, Tiles(1, 64, 16384, 8, 1)),
 ]
-# `stock` can add the experts to a piece of the base's product while the L2 still holds it: tokens and outputs of a piece.
-# Pieces cost more than they save: a layer of SmolLM2 with 32,768 tokens takes 1.137 ms whole, 1.26 in pieces of [4096, 2048],
-# one with 4,096 the same (2026-11-26_routed_lora_tune_h100.json)
-STOCK_PIECE: list[int] = [2**40, 2**40]
+# `stock` and `split` can add the experts to a piece of the base's product while the L2 still holds it: tokens up to, width up to,
+# (tokens, outputs) of a piece. About 16 MB of y where inputs are wide (the file of BESIDE; layers with 8,192 tokens take 5.48 ms
+# instead of 5.71, with 16,384 10.7 instead of 11.1). With SmolLM2 they cost more than they save: a layer with 32,768 tokens takes
+# 1.137 ms whole, 1.26 in pieces of [4096, 2048], one with 4,096 the same (2026-11-26_routed_lora_tune_h100.json)
+STOCK_PIECE: list[tuple[int, int, tuple[int, int]]] = [
+    (LIMITLESS, 2048, (2**40, 2**40)),
+    (256, LIMITLESS, (2**40, 2**40)),
+    (1024, LIMITLESS, (2**40, 8192)),
+    (2048, LIMITLESS, (2**40, 4096)),
+    (LIMITLESS, LIMITLESS, (4096, 2048)),
+]
 CANDIDATES: dict[str, list[Tiles]] = {
     "route_shrink": [
         Tiles(32, 64, 64, 4, 3), Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 64, 4, 3), Tiles(128, 64, 64, 4, 3),
@@ -184,7 +198,7 @@ CANDIDATES: dict[str, list[Tiles]] = {
         Tiles(1, 256, 16384, 8, 1), Tiles(1, 512, 16384, 8, 1),
     ],
 }  # fmt: skip
-STOCK_PIECES = [[2**40, 2**40], [8192, 2**40], [4096, 4096], [4096, 2048], [2048, 2048], [8192, 1024]]
+STOCK_PIECES = [(2**40, 2**40), (2**40, 8192), (2**40, 4096), (4096, 4096), (4096, 2048), (2048, 4096), (2048, 2048)]
 
 
 def choose(table: Sequence[tuple[int, int, Content]], num_tokens: int, width: int) -> Content:

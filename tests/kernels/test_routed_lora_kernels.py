@@ -213,7 +213,7 @@ def test_a_captured_graph_gives_the_base_products_a_branch_of_their_own(monkeypa
 
 
 def test_pieces_of_the_library_product_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "STOCK_PIECE", [16, 7])
+    monkeypatch.setattr(tiles, "STOCK_PIECE", [(tiles.LIMITLESS, tiles.LIMITLESS, (16, 7))])
     p = problem("mixed ranks", torch.float32)
     gates, tables = lists(p)
     shape = group_shape(p.ranks)
