@@ -141,7 +141,7 @@ DECODE_UPDATE: Table = [
 ]
 # `stock` and `split` can add the experts to a piece of the base's product while the L2 still holds it: tokens up to, width up to,
 # (tokens, outputs) of a piece. About 16 MB of y where inputs are wide (the file of BESIDE; layers with 8,192 tokens take 5.48 ms
-# instead of 5.71, with 16,384 10.7 instead of 11.1). With SmolLM2 they cost more than they save: a layer with 32,768 tokens takes
+# instead of 5.71, with 16,384 10.7 instead of 11.1; second card, 4,096 tokens: 1.107 with the table, 1.158 with the branch). With SmolLM2 they cost more than they save: a layer with 32,768 tokens takes
 # 1.137 ms whole, 1.26 in pieces of [4096, 2048], one with 4,096 the same (2026-11-26_routed_lora_tune_h100.json)
 STOCK_PIECE: list[tuple[int, int, tuple[int, int]]] = [
     (LIMITLESS, 2048, (2**40, 2**40)),
@@ -234,6 +234,8 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 #                         0.133, grouped 0.143; 512 grouped 0.155, split_fused 0.181; 4,096 grouped 0.293, stock 0.583
 #   LLaMA3-8B, 16 experts 1 token decode 0.203, split 0.224; 32 split 0.233, decode 0.430; 512 split 0.447, fused 0.656; 1,024 split
 #                         0.794, fused 0.978; 4,096 stock 2.998, split 3.046, fused 3.413
+#   and a model of 16 layers with 16 experts, replayed in turn with its base: 2,048 tokens split 1.149 times it, stock 1.181; 4,096
+#                         1.120 and 1.123
 #   LLaMA3-8B, 64         512 split 0.574, grouped 0.802; 4,096 grouped 3.56, with its down by split 3.44, all by split 3.60
 #   LLaMA3-8B, 166        512 split 0.786, grouped 0.811; 4,096 grouped 3.496, split 4.994
 # Estimates: between these numbers of tokens and experts; many experts and wide inputs.
@@ -242,7 +244,7 @@ CROSSOVERS: list[tuple[int, int, int, str]] = [
     (64, 512, 2048, "split"),
     (512, 64, 2048, "split_fused"),
     (LIMITLESS, 512, 2048, "fused"),
-    (1024, 512, LIMITLESS, "split"),
+    (2048, 512, LIMITLESS, "split"),
     (LIMITLESS, 512, LIMITLESS, "stock"),
     (32, LIMITLESS, 2048, "decode"),
     (512, 1024, 2048, "split_fused"),
