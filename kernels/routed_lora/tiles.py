@@ -141,8 +141,9 @@ DECODE_UPDATE: Table = [
 ]
 # `stock` and `split` can add the experts to a piece of the base's product while the L2 still holds it: tokens up to, width up to,
 # (tokens, outputs) of a piece. About 16 MB of y where inputs are wide (the file of BESIDE; layers with 8,192 tokens take 5.48 ms
-# instead of 5.71, with 16,384 10.7 instead of 11.1; second card, 4,096 tokens: 1.107 with the table, 1.158 with the branch). With SmolLM2 they cost more than they save: a layer with 32,768 tokens takes
-# 1.137 ms whole, 1.26 in pieces of [4096, 2048], one with 4,096 the same (2026-11-26_routed_lora_tune_h100.json)
+# instead of 5.71, with 16,384 10.7 instead of 11.1; on a second card the model with 4,096 tokens 1.107 with this table, 1.158 with
+# the branch). With SmolLM2 they cost more than they save: a layer with 32,768 tokens takes 1.137 ms whole, 1.26 in pieces of
+# [4096, 2048], one with 4,096 the same (2026-11-26_routed_lora_tune_h100.json)
 STOCK_PIECE: list[tuple[int, int, tuple[int, int]]] = [
     (LIMITLESS, 2048, (2**40, 2**40)),
     (256, LIMITLESS, (2**40, 2**40)),
