@@ -226,7 +226,8 @@ def _base_into(y_TO: Tensor, x_TI: Tensor, weight_IO: Tensor, bias_O: Tensor | N
 
 def linear_in_pieces(x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: GroupShape) -> list[Tensor]:
     """What `linear` gives, by the library's products: expand added to each piece of y while the L2 holds the piece. The pieces of
-    the same outputs follow one another, so that their weights are there, too; then the next outputs, for the last tokens first."""
+    the same outputs follow one another, so that the L2 still holds their weights, too; the next outputs begin with the tokens that
+    came last."""
     found, (rows, columns) = [], tiles.choose(tiles.STOCK_PIECE, *x_TI.shape)
     for site, h_TR in enumerate(hidden_TR.split(list(shape.slots), dim=1)):
         weight_IO, b_RO = sites.weights[site].t(), sites.b_RO[site]

@@ -77,14 +77,15 @@ WEIGH_PRODUCTS: Table = [
 ]
 # Whether a captured graph of `stock` and `split` gets the base products as a branch of their own: tokens up to, width up to,
 # whether. A model of LLaMA3-8B's shape takes 1.151 times its base with the branch, 1.149 without, 1.121 without and in pieces
-# (STOCK_PIECE), at 4,096 tokens; 1.200, 1.181, 1.176 at 2,048; 1.216, 1.205, 1.185 at 512 (interleaved on one H100,
-# 2026-11-27_routed_lora_pieces_h100.json)
+# (STOCK_PIECE), at 4,096 tokens; 1.200, 1.181, 1.176 at 2,048; 1.216, 1.205, 1.185 at 512 (replayed in turn on one
+# H100, 2026-11-27_routed_lora_pieces_h100.json). Wide inputs of up to 256 tokens: an estimate
 BESIDE: list[tuple[int, int, bool]] = [
     (8192, 2048, True),
     (256, LIMITLESS, True),
     (LIMITLESS, LIMITLESS, False),
 ]
-# same file from 1,024 tokens on; below, the fastest of 2026-11-26_routed_lora_h100_first.json there, where this kernel was timed
+# 2026-11-26_routed_lora_tune_h100.json from 1,024 tokens on; below, the fastest of 2026-11-26_routed_lora_h100_first.json there,
+# where this kernel was timed
 LINEAR_EXPAND: Table = [
     (1024, LIMITLESS, Tiles(64, 64, 64, 4, 4)),
     (8192, LIMITLESS, Tiles(128, 64, 64, 4, 3)),
@@ -140,10 +141,10 @@ DECODE_UPDATE: Table = [
     (LIMITLESS, LIMITLESS, Tiles(1, 64, 16384, 8, 1)),
 ]
 # `stock` and `split` can add the experts to a piece of the base's product while the L2 still holds it: tokens up to, width up to,
-# (tokens, outputs) of a piece. About 16 MB of y where inputs are wide (the file of BESIDE; layers with 8,192 tokens take 5.48 ms
-# instead of 5.71, with 16,384 10.7 instead of 11.1; on a second card the model with 4,096 tokens 1.107 with this table, 1.158 with
-# the branch). With SmolLM2 they cost more than they save: a layer with 32,768 tokens takes 1.137 ms whole, 1.26 in pieces of
-# [4096, 2048], one with 4,096 the same (2026-11-26_routed_lora_tune_h100.json)
+# (tokens, outputs) of a piece. About 16 MB of y, in 16 bits, where inputs are wide and tokens many (the file of BESIDE; layers
+# with 8,192 tokens take 5.48 ms instead of 5.71, with 16,384 10.7 instead of 11.1; on a second card the model with 4,096 tokens
+# 1.107 with this table, 1.158 with the branch). With SmolLM2 they cost more than they save: a layer with 32,768 tokens takes
+# 1.137 ms whole, 1.26 in pieces of [4096, 2048], one with 4,096 the same (2026-11-26_routed_lora_tune_h100.json)
 STOCK_PIECE: list[tuple[int, int, tuple[int, int]]] = [
     (LIMITLESS, 2048, (2**40, 2**40)),
     (256, LIMITLESS, (2**40, 2**40)),
@@ -223,21 +224,21 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
     return Tiles(64, 16, 64, 8, 2)
 
 
-# Which formulation takes a call: read downwards, the first line that holds. Columns: tokens up to, rank slots of a site
-# up to, input width up to, formulation. Measured on an H100 with experts of rank 16, ms a layer of seven linears unless said
-# otherwise; the files are 2026-11-27_routed_lora_{layers,split,many,scores,64}_h100.json and, of the 26th, overlap_h200, tune_h100.
+# Which formulation takes a call: read downwards, the first line that holds. Columns: tokens up to, rank slots of a site up to,
+# input width up to, formulation. Measured on an H100 with experts of rank 16, ms a layer of seven linears unless said otherwise;
+# the files are 2026-11-27_routed_lora_{layers,split,many,scores,64,pieces}_h100.json and, of the 26th, overlap_h200, tune_h100.
 #   SmolLM2, 16 experts   16 tokens decode 0.057, fused 0.064; 4,096 fused 0.131, stock 0.182, grouped 0.240; 32,768 fused 0.784,
 #                         stock 0.925 (the last two on an H200)
 #   SmolLM2, 4 experts    32 tokens split and split_fused 0.056, fused 0.069; 512 split_fused 0.067, fused 0.071, split 0.082
 #   SmolLM2, 64 experts   1 token decode 0.040, split 0.074, fused 0.096; 32 split_fused 0.087, decode 0.088; 512 split_fused 0.103,
-#                         grouped 0.130; 4,096 grouped 0.271, stock 0.420
+#                         grouped 0.130; 4,096 grouped 0.271, fused 0.399
 #   SmolLM2, 166 experts  32 tokens decode 0.083, split 0.120; 64 split_fused 0.105, decode 0.118; 256 fused 0.131, split_fused
 #                         0.133, grouped 0.143; 512 grouped 0.155, split_fused 0.181; 4,096 grouped 0.293, stock 0.583
 #   LLaMA3-8B, 16 experts 1 token decode 0.203, split 0.224; 32 split 0.233, decode 0.430; 512 split 0.447, fused 0.656; 1,024 split
 #                         0.794, fused 0.978; 4,096 stock 2.998, split 3.046, fused 3.413
 #   and a model of 16 layers with 16 experts, replayed in turn with its base: 2,048 tokens split 1.149 times it, stock 1.181; 4,096
 #                         1.120 and 1.123
-#   LLaMA3-8B, 64         512 split 0.574, grouped 0.802; 4,096 grouped 3.56, with its down by split 3.44, all by split 3.60
+#   LLaMA3-8B, 64         512 split 0.574, grouped 0.802; 4,096 grouped 3.56, with the down projection by split 3.44, all by split 3.60
 #   LLaMA3-8B, 166        512 split 0.786, grouped 0.811; 4,096 grouped 3.496, split 4.994
 # Estimates: between these numbers of tokens and experts; many experts and wide inputs.
 CROSSOVERS: list[tuple[int, int, int, str]] = [
@@ -248,13 +249,18 @@ CROSSOVERS: list[tuple[int, int, int, str]] = [
     (2048, 512, LIMITLESS, "split"),
     (LIMITLESS, 512, LIMITLESS, "stock"),
     (32, LIMITLESS, 2048, "decode"),
-    (512, 1024, 2048, "split_fused"),
     (256, LIMITLESS, 2048, "split_fused"),
     (LIMITLESS, LIMITLESS, 2048, "grouped"),
     (512, LIMITLESS, LIMITLESS, "split"),
-    (LIMITLESS, LIMITLESS, 4096, "grouped"),
-    (4096, 1024, LIMITLESS, "split"),
     (LIMITLESS, LIMITLESS, LIMITLESS, "grouped"),
+]
+
+
+# What takes a call of 16-bit inference instead of `grouped`: tokens up to, rank slots up to, width from and up to. Measured with 64
+# experts and k = 2; training and fp32, which were not, keep to the table above.
+NOT_SORTED: list[tuple[int, int, int, int, str]] = [
+    (512, 1024, 1, 2048, "split_fused"),
+    (4096, 1024, 4097, LIMITLESS, "split"),
 ]
 
 
@@ -267,6 +273,16 @@ WIDEST_OF_PAIRS: list[int] = [256, 128]
 def formulation(num_tokens: int, slots: int, width: int, wide: bool = False, widest: int = 16) -> str:
     """decode, fused, stock, split, split_fused or grouped for a call. `wide` (fp32 numbers): base products are left to the library,
     and scores to our kernel, whose fp32 products are never TF32. widest: the largest rank of an expert."""
+    name = _listed(num_tokens, slots, width, wide, widest)
+    if name == "grouped" and not wide:
+        for tokens, most_slots, least_width, most_width, instead in NOT_SORTED:
+            if num_tokens <= tokens and slots <= most_slots and least_width <= width <= most_width:
+                return instead
+    return name
+
+
+def _listed(num_tokens: int, slots: int, width: int, wide: bool, widest: int) -> str:
+    """What CROSSOVERS say, where it can take the call."""
     name = next(
         found for tokens, most_slots, most_width, found in CROSSOVERS
         if num_tokens <= tokens and slots <= most_slots and width <= most_width
@@ -278,7 +294,7 @@ def formulation(num_tokens: int, slots: int, width: int, wide: bool = False, wid
 
 def by_pairs(num_tokens: int, slots: int, width: int, wide: bool = False, widest: int = 16) -> bool:
     """Whether training sorts (token, slot) pairs; else masked concatenation in plain PyTorch."""
-    return formulation(num_tokens, slots, width, wide, widest) == "grouped"
+    return _listed(num_tokens, slots, width, wide, widest) == "grouped"
 
 
 # Many experts ----------------------------------------------------------------------------------------------------------

@@ -112,6 +112,14 @@ def test_gate_logits_gradients_and_saved_bytes(sites: int) -> None:
     assert torch.equal(grad, exact.bfloat16()) if sites == 1 else (grad - exact).norm() < 4e-3 * exact.norm()
 
 
+def test_what_was_measured_for_inference_in_16_bits_leaves_training_and_fp32_alone() -> None:
+    for tokens, width, name in ((512, 576, "split_fused"), (4096, 14336, "split")):
+        assert formulation(tokens, 1024, width) == name
+        assert formulation(tokens, 1024, width, wide=True) == "grouped"
+        assert by_pairs(tokens, 1024, width)
+    assert formulation(4096, 1024, 4096) == "grouped"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_choice_of_a_formulation_is_traced(dtype: torch.dtype) -> None:
     """torch.compile's tracer reads it with the numbers of a call; torch 2.11 refuses a truth value as an index, for one."""
