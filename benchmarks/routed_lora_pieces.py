@@ -7,6 +7,8 @@ captured first and replayed in turn, and a share is the median over the rounds o
 experts, top-2. What it finds is for BESIDE and STOCK_PIECE of kernels/routed_lora/tiles.py.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import argparse
@@ -15,16 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import about, say, write
+from measure import about, intervals, say, write
 from quietgoose.kernels.routed_lora import tiles
 from quietgoose.routing.model import attach, detach
 from routed_lora_models import captured, forward, make_library, make_model, tokens_of
+from routed_lora_tune import EVERY, _content
 
-WHOLE = (2**40, 2**40)
-ARMS = {"table": None, "branch": (True, WHOLE), "whole": (False, WHOLE)} | {
-    f"{rows if rows < 2**40 else 'all'} tokens, {columns} outputs": (False, (rows, columns))
-    for rows, columns in ((2**40, 8192), (2**40, 4096), (2**40, 2048), (2048, 4096))
-}
+SEVERAL = 4  # replays a round
+
+
+def _number(most: int) -> str:
+    return "all" if most >= 2**40 else str(most)
+
+
+def arms() -> dict[str, tuple[list[Any], list[Any]]]:
+    """(BESIDE, STOCK_PIECE) by name: as they are, a branch, and without it each of the pieces that the tuner knows."""
+    found = {
+        "table": (list(tiles.BESIDE), list(tiles.STOCK_PIECE)),
+        "branch": ([(EVERY, EVERY, True)], list(tiles.STOCK_PIECE)),
+    }
+    for rows, columns in tiles.STOCK_PIECES:
+        name = f"{_number(rows)} tokens, {_number(columns)} outputs"
+        found[name] = ([(EVERY, EVERY, False)], [(EVERY, EVERY, (rows, columns))])
+    return found
 
 
 def main() -> None:
@@ -49,30 +64,16 @@ def _batch(options: argparse.Namespace, model: Any, batch: str) -> list[dict[str
     work = forward(model, tokens_of(model, *(int(n) for n in batch.split("x"))))
     replays = {"base": captured(work)}
     attach(model, make_library(model, 16), k=2)
-    kept = list(tiles.BESIDE), list(tiles.STOCK_PIECE)
-    for name, arm in ARMS.items():
-        if arm:
-            tiles.BESIDE[:] = [(tiles.LIMITLESS, tiles.LIMITLESS, arm[0])]
-            tiles.STOCK_PIECE[:] = [(tiles.LIMITLESS, tiles.LIMITLESS, arm[1])]
-        replays[name] = captured(work)
-    tiles.BESIDE[:], tiles.STOCK_PIECE[:] = kept
+    for name, (beside, piece) in arms().items():
+        with _content("beside", beside), _content("stock_piece", piece):
+            replays[name] = captured(work)
     times: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(options.rounds):
         for name, replay in replays.items():
-            times[name].append(_milliseconds(replay))
+            replay()
+            times[name].append(statistics.fmean(intervals(replay, model.device, SEVERAL)))
     detach(model)
     return [_row(options.shape, batch, name, times[name], times["base"]) for name in replays]
-
-
-def _milliseconds(replay: Any, several: int = 4) -> float:
-    replay()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(several):
-        replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / several
 
 
 def _row(shape: str, batch: str, name: str, times: list[float], base: list[float]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ MOST_FUSED = 64
 
 Table = list[tuple[int, int, Tiles]]
 """Entries: tokens up to, input width up to, tiles; the first that holds."""
+Lines = list[tuple[int, int, int, str]]
+"""Entries: tokens, rank slots of a site and input width up to, formulation."""
 CopiesTable = list[tuple[int, int, int, Tiles | None]]
 """For launches that copy by descriptors. Entries: tokens, input width and sites of the group up to, tiles; None: by addresses,
 with the tiles of the other table."""
@@ -241,7 +243,7 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 #   LLaMA3-8B, 64         512 split 0.574, grouped 0.802; 4,096 grouped 3.56, with the down projection by split 3.44, all by split 3.60
 #   LLaMA3-8B, 166        512 split 0.786, grouped 0.811; 4,096 grouped 3.496, split 4.994
 # Estimates: between these numbers of tokens and experts; many experts and wide inputs.
-CROSSOVERS: list[tuple[int, int, int, str]] = [
+CROSSOVERS: Lines = [
     (16, LIMITLESS, LIMITLESS, "decode"),
     (64, 512, 2048, "split"),
     (512, 64, 2048, "split_fused"),
@@ -256,11 +258,13 @@ CROSSOVERS: list[tuple[int, int, int, str]] = [
 ]
 
 
-# What takes a call of 16-bit inference instead of `grouped`: tokens up to, rank slots up to, width from and up to. Measured with 64
-# experts and k = 2; training and fp32, which were not, keep to the table above.
-NOT_SORTED: list[tuple[int, int, int, int, str]] = [
-    (512, 1024, 1, 2048, "split_fused"),
-    (4096, 1024, 4097, LIMITLESS, "split"),
+# The same for calls of 16-bit inference that would be `grouped` by that table. Measured with 64 experts and k = 2; training and
+# fp32, which were not, keep to the table above.
+INFERENCE_OF_MANY: Lines = [
+    (512, 1024, 2048, "split_fused"),
+    (LIMITLESS, LIMITLESS, 4096, "grouped"),
+    (4096, 1024, LIMITLESS, "split"),
+    (LIMITLESS, LIMITLESS, LIMITLESS, "grouped"),
 ]
 
 
@@ -274,19 +278,19 @@ def formulation(num_tokens: int, slots: int, width: int, wide: bool = False, wid
     """decode, fused, stock, split, split_fused or grouped for a call. `wide` (fp32 numbers): base products are left to the library,
     and scores to our kernel, whose fp32 products are never TF32. widest: the largest rank of an expert."""
     name = _listed(num_tokens, slots, width, wide, widest)
-    if name == "grouped" and not wide:
-        for tokens, most_slots, least_width, most_width, instead in NOT_SORTED:
-            if num_tokens <= tokens and slots <= most_slots and least_width <= width <= most_width:
-                return instead
-    return name
+    return _first(INFERENCE_OF_MANY, num_tokens, slots, width) if name == "grouped" and not wide else name
+
+
+def _first(lines: Lines, num_tokens: int, slots: int, width: int) -> str:
+    return next(
+        found for tokens, most_slots, most_width, found in lines
+        if num_tokens <= tokens and slots <= most_slots and width <= most_width
+    )  # fmt: skip
 
 
 def _listed(num_tokens: int, slots: int, width: int, wide: bool, widest: int) -> str:
     """What CROSSOVERS say, where it can take the call."""
-    name = next(
-        found for tokens, most_slots, most_width, found in CROSSOVERS
-        if num_tokens <= tokens and slots <= most_slots and width <= most_width
-    )  # fmt: skip
+    name = _first(CROSSOVERS, num_tokens, slots, width)
     if name == "grouped" and widest > WIDEST_OF_PAIRS[int(wide)]:
         return "stock"
     return "stock" if wide and name in ("fused", "split", "split_fused") else name

@@ -302,3 +302,28 @@ def test_a_part_that_fails_leaves_the_others_to_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(routed_lora_whole, "make_library", broken)
     cells = whole(monkeypatch, tmp_path / "again.json", "--parts", "models", "decode")
     assert [("not today" in c.get("failed", ""), "ms" in c) for c in cells] == [(False, True), (True, False)] * 2
+
+
+def test_pieces_are_captured_arm_by_arm_and_the_tables_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where nothing is captured: what each arm would be captured with."""
+    import argparse
+
+    import routed_lora_pieces
+    from quietgoose.kernels.routed_lora import tiles
+
+    seen: list[tuple[Any, Any]] = []
+
+    def captured(work: Any) -> Any:
+        seen.append((tiles.choose(tiles.BESIDE, 4096, 4096), tiles.choose(tiles.STOCK_PIECE, 4096, 4096)))
+        return work
+
+    monkeypatch.setattr(routed_lora_pieces, "captured", captured)
+    kept = list(tiles.BESIDE), list(tiles.STOCK_PIECE)
+    model = routed_lora_pieces.make_model("tiny", None, torch.device("cpu"))
+    found = routed_lora_pieces._batch(argparse.Namespace(shape="tiny", rounds=2), model, "1x4")
+    assert kept == (tiles.BESIDE, tiles.STOCK_PIECE)
+    own = (False, (4096, 2048))
+    assert seen == [own, own, (True, own[1]), *((False, piece) for piece in tiles.STOCK_PIECES)]
+    assert [row["arm"] for row in found] == ["base", *routed_lora_pieces.arms()]
+    assert found[0]["share"] == 1.0
+    assert all(row["ms"] > 0 and row["p20"] <= row["share"] <= row["p80"] for row in found)
