@@ -43,7 +43,7 @@ routed() {  # 22 minutes
   run routed_tests 300 python -m pytest -q -n 4 -rf -m gpu tests/kernels/test_routed_lora*.py tests/routing
   bench routed_models 240 routed_lora --parts models decode --shapes smollm2 --experts 16 --model-experts 16 166 --no-peft --budget-seconds 220
   bench routed_wide 150 routed_lora --parts models --shapes llama3-8b --layers 16 --model-experts 16 --batches 8x512 1x1 --no-peft --budget-seconds 130
-  bench routed_pieces 120 routed_lora_pieces --batches 8x512 1x512
+  bench routed_wide_arms 120 routed_lora_wide --batches 8x512 1x512 --rounds 2
   bench routed_layer 245 routed_lora --parts layer --shapes smollm2 --ours table --tokens 1 32 512 4096 --budget-seconds 225
   bench routed_layer_wide 245 routed_lora --parts layer --shapes llama3-8b --ours table --tokens 1 32 512 4096 --budget-seconds 225
   bench routed_sixty_four 120 routed_lora --parts tune_many --tune-many formulations --experts 64 --tune-tokens 32 128 256 512 4096 32768 --budget-seconds 100

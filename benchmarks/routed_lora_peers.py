@@ -301,4 +301,4 @@ PEERS: dict[str, Callable[[int], Callable[[Tensor, Group], list[Tensor]]]] = {
     "r_three": r_three,
     "mttl": mttl,
 }
-OURS = ("decode", "fused", "stock", "split", "split_fused", "grouped")
+OURS = ("decode", "fused", "stock", "split", "split_fused", "persistent", "grouped")

@@ -194,7 +194,7 @@ def _tune_many(report: Any, layer: Layer, shape: str, tokens: int) -> dict[str, 
         tune("weigh_products", "split")
         if method == "stock":
             tune("beside", "stock", [[(EVERY, EVERY, False)], [(EVERY, EVERY, True)]])
-            # What has a branch has no pieces. A wide layer by itself says little (the card's clock drifts): routed_lora_pieces.py
+            # What has a branch has no pieces. A wide layer by itself says little (the card's clock drifts): routed_lora_wide.py
             with _content("beside", [(EVERY, EVERY, False)]):
                 tune("stock_piece", "stock", [[(EVERY, EVERY, piece)] for piece in tiles.STOCK_PIECES])
             for name in ("beside", "stock_piece"):

@@ -42,7 +42,8 @@ def _known(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9)
 
 
-def _suits(*tensors: Tensor) -> bool:
+def suits(*tensors: Tensor) -> bool:
+    """Whether descriptors can name them: 16-bit numbers, side by side in a row, addresses and rows at multiples of 16 bytes."""
     return all(
         t.element_size() == 2
         and t.numel() > 0
@@ -62,7 +63,7 @@ def linear_way(
 ) -> Way | None:
     """Descriptors of x, hm, every site's W and every site's B, as linear_expand takes them; None: by addresses."""
     tile = _tile(chosen, tiles.LINEAR_EXPAND_COPIES, x_TI, len(weights))
-    if tile is None or not _suits(x_TI, hidden_TR, *weights, *b_RO):
+    if tile is None or not suits(x_TI, hidden_TR, *weights, *b_RO):
         return None
     slots = max(len(b) for b in b_RO)
     steps = -(-x_TI.shape[1] // tile.depth)
@@ -87,7 +88,7 @@ def route_way(
 ) -> Way | None:
     """Descriptors of x, both parts of the gates as one [2, Z, I], and A, as route_shrink takes them; None: by addresses."""
     tile = _tile(chosen, tiles.ROUTE_SHRINK_COPIES, x_TI, len(slots))
-    if tile is None or not _suits(x_TI, a_RI, gates.high_ZI, gates.low_ZI):
+    if tile is None or not suits(x_TI, a_RI, gates.high_ZI, gates.low_ZI):
         return None
     first, second = sorted((gates.high_ZI, gates.low_ZI), key=Tensor.data_ptr)  # their sum has no order
     apart = (second.data_ptr() - first.data_ptr()) // 2
@@ -101,7 +102,7 @@ def route_way(
 def masked_way(chosen: tiles.Tiles | None, x_TI: Tensor, a_RI: Tensor, slots: Sequence[int]) -> Way | None:
     """Descriptors of x and A, as masked_shrink takes them; None: by addresses."""
     tile = _tile(chosen, tiles.MASKED_SHRINK_COPIES, x_TI, len(slots))
-    if tile is None or not _suits(x_TI, a_RI):
+    if tile is None or not suits(x_TI, a_RI):
         return None
     block_r = min(tile.columns, axis_length(max(slots)))
     return Way(tile, (_of(x_TI, tile.rows, tile.depth), _of(a_RI, block_r, tile.depth)), block_r)

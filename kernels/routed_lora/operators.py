@@ -23,7 +23,7 @@ from .gradients import expand_gradients, keep_routing, routing_gradients, shrink
 from .layout import GroupShape, GroupTables, PreparedGates, axis_length, grouped_layout
 from .tiles import MOST_FUSED
 
-SPLIT = ("split", "split_fused")
+SPLIT = ("split", "split_fused", "persistent")
 
 
 @torch.library.custom_op("quietgoose::route_experts", mutates_args=())
@@ -238,12 +238,13 @@ def linears(
 
     method  decode: few tokens, two launches. fused: expand inside our base product. stock: the library's base product,
             expand added piece by piece. split and split_fused: the same two, but routing and shrink from one product of the
-            library (16-bit tokens). grouped: pairs sorted by expert
+            library (16-bit tokens). persistent: the same, and base product and expand in one kernel at the library's rate
+            (Hopper; elsewhere and for odd sizes split). grouped: pairs sorted by expert
 
     Raises:
         ValueError: a method of SPLIT without its matrix.
     """
-    from . import grouped, launch
+    from . import grouped, launch, persistent
 
     shape = GroupShape(num_experts, tuple(t.shape[0] for t in b), widest)
     prepared, found, stack = PreparedGates(*gates[:4]), GroupTables(*tables), gates[4:]
@@ -260,7 +261,9 @@ def linears(
     if method in ("fused", "split_fused"):
         begins = launch.overlap(x)
         return launch.linear(x, make(begins=begins), sites, shape, follows=begins)
-    if method in ("stock", "split"):
+    if method == "persistent" and persistent.takes(x, sites):
+        return persistent.linear_persistent(x, make(), sites, shape)
+    if method in ("stock", "split", "persistent"):
         if x.is_cuda and tiles.choose(tiles.BESIDE, *x.shape) and torch.cuda.is_current_stream_capturing():
             return launch.linear_beside(x, make, sites, shape)
         return launch.linear_in_pieces(x, make(), sites, shape)

@@ -71,11 +71,13 @@ MASKED_SHRINK_COPIES: CopiesTable = [
     (LIMITLESS, 2048, 1, Tiles(128, 256, 64, 8, 4, "copies")),
     (LIMITLESS, LIMITLESS, 3, None),
 ]
-# what follows the library's product of `split` and `split_fused`: columns the slots written at a time, depth the numbers of x
-# read at a time. By arithmetic: a program a token until they are several waves. Not measured.
+# What follows the library's product of `split`, `split_fused` and `persistent`: columns the slots written at a time, depth the numbers
+# of x read at a time. A warp a token and site, which waits for no other, takes with its product 0.065, 0.032, 0.047 and 0.107 ms for
+# LLaMA3-8B's groups with 4,096 tokens where four warps take 0.084, 0.038, 0.058 and 0.109; with 512 they are 4 % apart, with 32 the
+# four are a hair faster (H100, 2026-11-27_routed_lora_persistent_h100.json)
 WEIGH_PRODUCTS: Table = [
-    (2048, LIMITLESS, Tiles(1, 256, 1024, 4, 1)),
-    (LIMITLESS, LIMITLESS, Tiles(2, 256, 1024, 4, 1)),
+    (32, LIMITLESS, Tiles(1, 256, 1024, 4, 1)),
+    (LIMITLESS, LIMITLESS, Tiles(1, 256, 512, 1, 1)),
 ]
 # Whether a captured graph of `stock` and `split` gets the base products as a branch of their own: tokens up to, width up to,
 # whether. A model of LLaMA3-8B's shape takes 1.151 times its base with the branch, 1.149 without, 1.121 without and in pieces
@@ -109,6 +111,11 @@ LINEAR_EXPAND_COPIES: CopiesTable = [
     (LIMITLESS, 2048, 3, Tiles(128, 144, 64, 4, 3, "copies")),
     (LIMITLESS, LIMITLESS, 3, Tiles(128, 128, 64, 4, 3, "copies")),
 ]
+# persistent_linear, whose stages are its buffers. More than three, or larger tiles, do not fit beside the tile that leaves; those of
+# 128 or 64 tokens and 128 or 256 outputs make a model of LLaMA3-8B's shape 1.3 to 1.7 times as slow (before copies had a warp of
+# their own). Token blocks that share a column block in L2: 8, 12, 16 and 32 differ by less than two measurements
+PERSISTENT_LINEAR: Table = [(LIMITLESS, LIMITLESS, Tiles(128, 256, 64, 8, 3))]
+PERSISTENT_SWEEP = 16
 ROUTE_SHRINK_COPIES: CopiesTable = [
     (1024, 4096, 2, None),
     (1024, 2048, 3, None),
@@ -191,7 +198,8 @@ CANDIDATES: dict[str, list[Tiles]] = {
     ],
     "weigh_products": [
         Tiles(1, 256, 1024, 4, 1), Tiles(1, 256, 2048, 8, 1), Tiles(1, 256, 1024, 2, 1), Tiles(2, 256, 1024, 4, 1),
-        Tiles(4, 128, 512, 4, 1),
+        Tiles(4, 128, 512, 4, 1), Tiles(1, 256, 256, 1, 1), Tiles(1, 256, 512, 1, 1), Tiles(1, 256, 512, 2, 1),
+        Tiles(2, 256, 256, 2, 1),
     ],
     "decode_one": [
         Tiles(1, 1, 1024, 4, 1), Tiles(1, 2, 1024, 4, 1), Tiles(1, 4, 1024, 4, 1), Tiles(1, 8, 512, 4, 1),
@@ -228,28 +236,31 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 
 # Which formulation takes a call: read downwards, the first line that holds. Columns: tokens up to, rank slots of a site up to,
 # input width up to, formulation. Measured on an H100 with experts of rank 16, ms a layer of seven linears unless said otherwise;
-# the files are 2026-11-27_routed_lora_{layers,split,many,scores,64,pieces}_h100.json and, of the 26th, overlap_h200, tune_h100.
-#   SmolLM2, 16 experts   16 tokens decode 0.057, fused 0.064; 4,096 fused 0.131, stock 0.182, grouped 0.240; 32,768 fused 0.784,
-#                         stock 0.925 (the last two on an H200)
+# the files are 2026-11-27_routed_lora_{layers,split,many,scores,64,pieces,persistent}_h100.json and, of the 26th, overlap_h200,
+# tune_h100.
+#   SmolLM2, 16 experts   16 tokens decode 0.057, fused 0.064; 32 split 0.053, split_fused 0.053; 64 split_fused 0.047, split 0.058;
+#                         1,024 split_fused 0.086, fused 0.099; 4,096 fused 0.131, split_fused 0.178, stock 0.182, persistent 0.192,
+#                         grouped 0.240; 32,768 fused 0.784, stock 0.925 (these two on an H200); fused 0.89, persistent 1.06
 #   SmolLM2, 4 experts    32 tokens split and split_fused 0.056, fused 0.069; 512 split_fused 0.067, fused 0.071, split 0.082
 #   SmolLM2, 64 experts   1 token decode 0.040, split 0.074, fused 0.096; 32 split_fused 0.087, decode 0.088; 512 split_fused 0.103,
-#                         grouped 0.130; 4,096 grouped 0.271, fused 0.399
+#                         grouped 0.130; 4,096 grouped 0.271, fused 0.399; 32, later, split 0.067, decode 0.070, split_fused 0.074
 #   SmolLM2, 166 experts  32 tokens decode 0.083, split 0.120; 64 split_fused 0.105, decode 0.118; 256 fused 0.131, split_fused
 #                         0.133, grouped 0.143; 512 grouped 0.155, split_fused 0.181; 4,096 grouped 0.293, stock 0.583
 #   LLaMA3-8B, 16 experts 1 token decode 0.203, split 0.224; 32 split 0.233, decode 0.430; 512 split 0.447, fused 0.656; 1,024 split
 #                         0.794, fused 0.978; 4,096 stock 2.998, split 3.046, fused 3.413
-#   and a model of 16 layers with 16 experts, replayed in turn with its base: 2,048 tokens split 1.149 times it, stock 1.181; 4,096
-#                         1.120 and 1.123
-#   LLaMA3-8B, 64         512 split 0.574, grouped 0.802; 4,096 grouped 3.56, with the down projection by split 3.44, all by split 3.60
+#   and a model of 16 layers with 16 experts, times its base: 1,024 tokens split 1.16, persistent 1.17; 2,048 persistent 1.10, split
+#                         1.14, stock 1.18; 4,096 persistent 1.07 and 1.09 (two cards), split 1.10 and 1.13, stock 1.11 and 1.13
+#   LLaMA3-8B, 64         512 split 0.574, grouped 0.802; 4,096 grouped 3.56, with the down projection by split 3.44, all by it 3.60;
+#                         later grouped 3.79, all by persistent 3.82, by split 3.91; 16,384 grouped 14.1, persistent 14.9
 #   LLaMA3-8B, 166        512 split 0.786, grouped 0.811; 4,096 grouped 3.496, split 4.994
 # Estimates: between these numbers of tokens and experts; many experts and wide inputs.
 CROSSOVERS: Lines = [
     (16, LIMITLESS, LIMITLESS, "decode"),
-    (64, 512, 2048, "split"),
-    (512, 64, 2048, "split_fused"),
+    (32, 512, 2048, "split"),
+    (1024, 512, 2048, "split_fused"),
     (LIMITLESS, 512, 2048, "fused"),
-    (2048, 512, LIMITLESS, "split"),
-    (LIMITLESS, 512, LIMITLESS, "stock"),
+    (1024, 512, LIMITLESS, "split"),
+    (LIMITLESS, 512, LIMITLESS, "persistent"),
     (32, LIMITLESS, 2048, "decode"),
     (256, LIMITLESS, 2048, "split_fused"),
     (LIMITLESS, LIMITLESS, 2048, "grouped"),
@@ -258,12 +269,14 @@ CROSSOVERS: Lines = [
 ]
 
 
-# The same for calls of 16-bit inference that would be `grouped` by that table. Measured with 64 experts and k = 2; training and
-# fp32, which were not, keep to the table above.
+# The same for calls of 16-bit inference that would be `grouped` by that table, or `decode` with more than 16 tokens. Measured with 64
+# experts and k = 2; training and fp32, which were not, keep to the table above.
 INFERENCE_OF_MANY: Lines = [
+    (32, 1024, 2048, "split"),
+    (32, LIMITLESS, 2048, "decode"),
     (512, 1024, 2048, "split_fused"),
     (LIMITLESS, LIMITLESS, 4096, "grouped"),
-    (4096, 1024, LIMITLESS, "split"),
+    (4096, 1024, LIMITLESS, "persistent"),
     (LIMITLESS, LIMITLESS, LIMITLESS, "grouped"),
 ]
 
@@ -275,10 +288,11 @@ WIDEST_OF_PAIRS: list[int] = [256, 128]
 
 
 def formulation(num_tokens: int, slots: int, width: int, wide: bool = False, widest: int = 16) -> str:
-    """decode, fused, stock, split, split_fused or grouped for a call. `wide` (fp32 numbers): base products are left to the library,
-    and scores to our kernel, whose fp32 products are never TF32. widest: the largest rank of an expert."""
+    """decode, fused, stock, split, split_fused, persistent or grouped for a call. `wide` (fp32 numbers): base products are left to
+    the library, and scores to our kernel, whose fp32 products are never TF32. widest: the largest rank of an expert."""
     name = _listed(num_tokens, slots, width, wide, widest)
-    return _first(INFERENCE_OF_MANY, num_tokens, slots, width) if name == "grouped" and not wide else name
+    many = name == "grouped" or (name == "decode" and num_tokens > 16)
+    return _first(INFERENCE_OF_MANY, num_tokens, slots, width) if many and not wide else name
 
 
 def _first(lines: Lines, num_tokens: int, slots: int, width: int) -> str:
@@ -293,7 +307,7 @@ def _listed(num_tokens: int, slots: int, width: int, wide: bool, widest: int) ->
     name = _first(CROSSOVERS, num_tokens, slots, width)
     if name == "grouped" and widest > WIDEST_OF_PAIRS[int(wide)]:
         return "stock"
-    return "stock" if wide and name in ("fused", "split", "split_fused") else name
+    return "stock" if wide and name in ("fused", "split", "split_fused", "persistent") else name
 
 
 def by_pairs(num_tokens: int, slots: int, width: int, wide: bool = False, widest: int = 16) -> bool:

@@ -304,26 +304,34 @@ def test_a_part_that_fails_leaves_the_others_to_run(monkeypatch: pytest.MonkeyPa
     assert [("not today" in c.get("failed", ""), "ms" in c) for c in cells] == [(False, True), (True, False)] * 2
 
 
-def test_pieces_are_captured_arm_by_arm_and_the_tables_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_of_a_wide_model_are_captured_one_by_one_and_the_tables_are_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On a CPU, where nothing is captured: what each arm would be captured with."""
     import argparse
 
-    import routed_lora_pieces
-    from quietgoose.kernels.routed_lora import tiles
+    import routed_lora_wide
+    from quietgoose.kernels.routed_lora import formulation, tiles
 
-    seen: list[tuple[Any, Any]] = []
+    seen: list[tuple[Any, ...]] = []
 
     def captured(work: Any) -> Any:
-        seen.append((tiles.choose(tiles.BESIDE, 4096, 4096), tiles.choose(tiles.STOCK_PIECE, 4096, 4096)))
+        tables = tiles.choose(tiles.BESIDE, 4096, 4096), tiles.choose(tiles.STOCK_PIECE, 4096, 4096)
+        seen.append((formulation(4096, 256, 4096), *tables))
         return work
 
-    monkeypatch.setattr(routed_lora_pieces, "captured", captured)
-    kept = list(tiles.BESIDE), list(tiles.STOCK_PIECE)
-    model = routed_lora_pieces.make_model("tiny", None, torch.device("cpu"))
-    found = routed_lora_pieces._batch(argparse.Namespace(shape="tiny", rounds=2), model, "1x4")
-    assert kept == (tiles.BESIDE, tiles.STOCK_PIECE)
-    own = (False, (4096, 2048))
-    assert seen == [own, own, (True, own[1]), *((False, piece) for piece in tiles.STOCK_PIECES)]
-    assert [row["arm"] for row in found] == ["base", *routed_lora_pieces.arms()]
+    monkeypatch.setattr(routed_lora_wide, "captured", captured)
+    kept = list(tiles.CROSSOVERS), list(tiles.BESIDE), list(tiles.STOCK_PIECE)
+    model = routed_lora_wide.make_model("tiny", None, torch.device("cpu"))
+    names = [*routed_lora_wide.arms()]
+    options = argparse.Namespace(shape="tiny", experts=3, rounds=2, seconds=0.01, arms=names)
+    found = routed_lora_wide._batch(options, model, "1x4")
+    assert kept == (tiles.CROSSOVERS, tiles.BESIDE, tiles.STOCK_PIECE)
+    own = ("persistent", False, (4096, 2048))
+    pieces = [tiles.STOCK_PIECES[number] for number in (0, 1, 4)]
+    others = [(name, False, piece) for name in ("split", "stock") for piece in pieces]
+    assert seen == [own, own, own, *others, ("stock", True, own[2])]
+    assert names[3] == "split, pieces of 8192 outputs"
+    assert [row["arm"] for row in found] == ["base", *names]
     assert found[0]["share"] == 1.0
-    assert all(row["ms"] > 0 and row["p20"] <= row["share"] <= row["p80"] for row in found)
+    assert all(row["ms"] > 0 and row["least"] <= row["share"] <= row["most"] for row in found)

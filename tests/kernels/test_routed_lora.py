@@ -15,6 +15,7 @@ from quietgoose.kernels.routed_lora import (
     routed_lora,
     slot_weights,
 )
+from quietgoose.kernels.routed_lora.operators import SPLIT
 from torch import Tensor
 
 SHAPES = [(1, 8, 6, (4,)), (63, 24, 16, (3, 3, 3)), (100, 12, 30, (1, 64, 7, 2)), (5, 8, 8, (4, 4))]
@@ -113,7 +114,9 @@ def test_gate_logits_gradients_and_saved_bytes(sites: int) -> None:
 
 
 def test_what_was_measured_for_inference_in_16_bits_leaves_training_and_fp32_alone() -> None:
-    for tokens, width, name in ((512, 576, "split_fused"), (4096, 14336, "split")):
+    assert formulation(32, 1024, 576) == "split"
+    assert formulation(32, 1024, 576, wide=True) == formulation(32, 2656, 576) == "decode"
+    for tokens, width, name in ((512, 576, "split_fused"), (4096, 14336, "persistent")):
         assert formulation(tokens, 1024, width) == name
         assert formulation(tokens, 1024, width, wide=True) == "grouped"
         assert by_pairs(tokens, 1024, width)
@@ -135,12 +138,12 @@ def test_the_choice_of_a_formulation_is_traced(dtype: torch.dtype) -> None:
 def test_every_call_has_a_formulation() -> None:
     assert formulation(1, 16, 576) == "decode"
     assert formulation(10**6, 10**6, 10**6) == "grouped"
-    known = {"decode", "fused", "stock", "split", "split_fused", "grouped"}
+    known = {"decode", "fused", "stock", "split", "split_fused", "persistent", "grouped"}
     for tokens in (1, 64, 65, 4096, 32768):
         for slots in (16, 256, 1024, 2656):
             for width in (192, 4096):
                 assert formulation(tokens, slots, width) in known
-                assert formulation(tokens, slots, width, wide=True) in known - {"fused", "split", "split_fused"}
+                assert formulation(tokens, slots, width, wide=True) in known - {"fused", *SPLIT}
 
 
 @pytest.mark.parametrize(("wide", "widest"), [(False, 256), (True, 128)])
