@@ -4,8 +4,8 @@ What linear_expand (triton_linear.py) computes, at the rate of the library's pro
 layouts, barriers and copies, since it depends on who issues what, and when:
 
 - A program takes tile after tile. One warp starts the copies (`copy_tiles`), eight multiply and store (`multiply_tiles`); what one
-  has filled and the others have read is told by barriers in shared memory. So copies run ahead of products by all buffers, into the
-  next tile, too, and go on while a tile is stored.
+  has filled and the others have read is told by barriers in shared memory. So copies run ahead of products, into the next
+  tile, too, and go on while a tile is stored.
 - The next product is issued before the one before it is waited for, so the tensor cores see no gap between steps.
 - hm and B follow x and W through the same buffers: to the pipeline the experts are a few steps more.
 

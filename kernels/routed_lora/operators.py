@@ -262,7 +262,8 @@ def linears(
         begins = launch.overlap(x)
         return launch.linear(x, make(begins=begins), sites, shape, follows=begins)
     if method == "persistent" and persistent.takes(x, sites):
-        return persistent.linear_persistent(x, make(), sites, shape)
+        hidden = make()
+        return persistent.attempt(x, hidden, sites, shape) or launch.linear_in_pieces(x, hidden, sites, shape)
     if method in ("stock", "split", "persistent"):
         if x.is_cuda and tiles.choose(tiles.BESIDE, *x.shape) and torch.cuda.is_current_stream_capturing():
             return launch.linear_beside(x, make, sites, shape)

@@ -5,35 +5,51 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton import CompilationError
 
 from . import tiles
 from .descriptors import suits
 from .launch import Sites
 from .layout import GroupShape
 
+log = logging.getLogger(__name__)
+_failed: list[Exception] = []
+
 
 @cache
 def _takes(device: torch.device) -> bool:
     """Hopper: warpgroup products were not there before, and later chips have others."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    try:
-        from . import gluon_linear  # noqa: F401
-    except ImportError:  # a Triton whose Gluon, which is experimental, has other names
-        return False
-    return True
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def takes(x_TI: Tensor, sites: Sites) -> bool:
-    """Whether `linear_persistent` can take a call: Hopper, 16-bit numbers, rows that descriptors can name."""
+    """Whether `linear_persistent` can take a call: Hopper, numbers of one 16-bit type, rows that descriptors can name."""
+    if _failed or not _takes(x_TI.device) or x_TI.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    read = [*sites.weights, *sites.b_RO]
     whole = all(b.shape[0] % 8 == 0 and b.shape[1] % 8 == 0 for b in sites.b_RO)
-    return _takes(x_TI.device) and whole and suits(x_TI, *sites.weights, *sites.b_RO)
+    side_by_side = all(bias.stride(0) == 1 for bias in sites.biases)
+    return whole and side_by_side and all(t.dtype == x_TI.dtype for t in read) and suits(x_TI, *read)
+
+
+def attempt(x_TI: Tensor, hidden_TR: Tensor, sites: Sites, shape: GroupShape) -> list[Tensor] | None:
+    """`linear_persistent`, or None where this Triton cannot compile it: Gluon is experimental, and its names may change. That is said
+    once; later calls are not taken."""
+    try:
+        return linear_persistent(x_TI, hidden_TR, sites, shape)
+    except (CompilationError, ImportError, AttributeError) as problem:
+        _failed.append(problem)
+        log.warning(
+            "wide models go on without their persistent kernel, slower: Triton %s: %s", triton.__version__, problem
+        )
+        return None
 
 
 @cache

@@ -72,9 +72,10 @@ MASKED_SHRINK_COPIES: CopiesTable = [
     (LIMITLESS, LIMITLESS, 3, None),
 ]
 # What follows the library's product of `split`, `split_fused` and `persistent`: columns the slots written at a time, depth the numbers
-# of x read at a time. A warp a token and site, which waits for no other, takes with its product 0.065, 0.032, 0.047 and 0.107 ms for
-# LLaMA3-8B's groups with 4,096 tokens where four warps take 0.084, 0.038, 0.058 and 0.109; with 512 they are 4 % apart, with 32 the
-# four are a hair faster (H100, 2026-11-27_routed_lora_persistent_h100.json)
+# of x read at a time. A warp a token and site, which waits for no other, takes with its product 0.066, 0.032, 0.046 and 0.107 ms for
+# LLaMA3-8B's groups with 4,096 tokens where four warps take 0.084, 0.037, 0.058 and 0.109; all groups with 512 tokens 0.068 and 0.070,
+# with 128 0.050 and 0.051 (H100, 2026-11-27_routed_lora_persistent_h100.json). Up to 32 tokens an estimate: fewer programs than
+# multiprocessors have room for, so that a wide x is read faster by four
 WEIGH_PRODUCTS: Table = [
     (32, LIMITLESS, Tiles(1, 256, 1024, 4, 1)),
     (LIMITLESS, LIMITLESS, Tiles(1, 256, 512, 1, 1)),
@@ -111,9 +112,9 @@ LINEAR_EXPAND_COPIES: CopiesTable = [
     (LIMITLESS, 2048, 3, Tiles(128, 144, 64, 4, 3, "copies")),
     (LIMITLESS, LIMITLESS, 3, Tiles(128, 128, 64, 4, 3, "copies")),
 ]
-# persistent_linear, whose stages are its buffers. More than three, or larger tiles, do not fit beside the tile that leaves; those of
-# 128 or 64 tokens and 128 or 256 outputs make a model of LLaMA3-8B's shape 1.3 to 1.7 times as slow (before copies had a warp of
-# their own). Token blocks that share a column block in L2: 8, 12, 16 and 32 differ by less than two measurements
+# persistent_linear, which copies by descriptors and whose stages are its buffers. More than three do not fit beside the tile that
+# leaves. [128, 128] and [256, 128] made a layer of LLaMA3-8B's shape 1.5 and 1.3 times as slow (copies had no warp of their own then).
+# Token blocks that share a column block in L2: 8, 12, 16 and 32 differ by less than two measurements
 PERSISTENT_LINEAR: Table = [(LIMITLESS, LIMITLESS, Tiles(128, 256, 64, 8, 3))]
 PERSISTENT_SWEEP = 16
 ROUTE_SHRINK_COPIES: CopiesTable = [
@@ -253,7 +254,8 @@ def route_tiles(num_tokens: int, width: int, padded_experts: int, shrink: bool) 
 #   LLaMA3-8B, 64         512 split 0.574, grouped 0.802; 4,096 grouped 3.56, with the down projection by split 3.44, all by it 3.60;
 #                         later grouped 3.79, all by persistent 3.82, by split 3.91; 16,384 grouped 14.1, persistent 14.9
 #   LLaMA3-8B, 166        512 split 0.786, grouped 0.811; 4,096 grouped 3.496, split 4.994
-# Estimates: between these numbers of tokens and experts; many experts and wide inputs.
+# Estimates: between these numbers of tokens and experts; many experts and wide inputs; persistent where it runs as split beyond 2,048
+# tokens (no Hopper GPU), and for the down projection of 64 experts alone.
 CROSSOVERS: Lines = [
     (16, LIMITLESS, LIMITLESS, "decode"),
     (32, 512, 2048, "split"),

@@ -317,7 +317,7 @@ def test_arms_of_a_wide_model_are_captured_one_by_one_and_the_tables_are_as_befo
 
     def captured(work: Any) -> Any:
         tables = tiles.choose(tiles.BESIDE, 4096, 4096), tiles.choose(tiles.STOCK_PIECE, 4096, 4096)
-        seen.append((formulation(4096, 256, 4096), *tables))
+        seen.append((formulation(512, 256, 4096), *tables))
         return work
 
     monkeypatch.setattr(routed_lora_wide, "captured", captured)
@@ -327,10 +327,10 @@ def test_arms_of_a_wide_model_are_captured_one_by_one_and_the_tables_are_as_befo
     options = argparse.Namespace(shape="tiny", experts=3, rounds=2, seconds=0.01, arms=names)
     found = routed_lora_wide._batch(options, model, "1x4")
     assert kept == (tiles.CROSSOVERS, tiles.BESIDE, tiles.STOCK_PIECE)
-    own = ("persistent", False, (4096, 2048))
+    own = ("split", False, (4096, 2048))
     pieces = [tiles.STOCK_PIECES[number] for number in (0, 1, 4)]
     others = [(name, False, piece) for name in ("split", "stock") for piece in pieces]
-    assert seen == [own, own, own, *others, ("stock", True, own[2])]
+    assert seen == [own, own, ("persistent", *own[1:]), *others, ("stock", True, own[2])]
     assert names[3] == "split, pieces of 8192 outputs"
     assert [row["arm"] for row in found] == ["base", *names]
     assert found[0]["share"] == 1.0

@@ -1,4 +1,4 @@
-"""Routing and shrink from one product of the library: `split` and `split_fused` equal fp64 arithmetic.
+"""Routing and shrink from one product of the library: `split`, `split_fused` and `persistent` equal fp64 arithmetic.
 
 16-bit tokens only, bf16 under the interpreter too: the kernel behind the library's product has no product of its own (the one
 that `split_fused` ends with has).
@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from quietgoose.kernels.routed_lora import formulation, group_shape, launch, masked_hidden, operators, tiles
+from quietgoose.kernels.routed_lora import formulation, group_shape, launch, masked_hidden, operators, persistent, tiles
+from quietgoose.kernels.routed_lora.launch import Sites
 from quietgoose.kernels.routed_lora.layout import GroupTables, PreparedGates
 from quietgoose.kernels.testing import assert_close
 from torch import Tensor
@@ -51,7 +52,7 @@ def hidden(p: Problem, arrow: bool = False, chosen: tiles.Tiles | None = None) -
 
 @pytest.mark.parametrize("arrow", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_both_equal_fp64(case: str, arrow: bool) -> None:
+def test_all_equal_fp64(case: str, arrow: bool) -> None:
     for dtype in (torch.bfloat16, HALF):
         p = problem(case, dtype)
         biases = p.biases if case == "three sites" else []
@@ -186,6 +187,8 @@ def test_real_sizes_equal_fp64_and_themselves(
     x = p.x.clone()
     rows = torch.linspace(0, tokens - 1, min(tokens, 1024)).long().to(DEVICE)
     want = [wanted(p, rows), wanted(p._replace(x=-p.x), rows)]
+    on_hopper = torch.cuda.get_device_capability()[0] == 9
+    assert persistent.takes(x, Sites(p.weights, [], p.b)) == on_hopper
     for method, early in (("split", False), ("split_fused", False), ("split_fused", True), ("persistent", False)):
         monkeypatch.setattr(tiles, "OVERLAP", [(tiles.LIMITLESS, tiles.LIMITLESS, early)])
         work, graph = call(p._replace(x=x), method, []), torch.cuda.CUDAGraph()

@@ -37,7 +37,7 @@ def test_no_host_synchronisation(on_gpu, router: str) -> None:
     assert torch.isfinite(hidden).all()
 
 
-@pytest.mark.parametrize("method", ["decode", "fused", "stock", "split", "split_fused", "persistent", "grouped"])
+@pytest.mark.parametrize("method", ["decode", "fused", "stock", "split", "split_fused", "grouped"])
 @pytest.mark.parametrize("training", [False, True])
 def test_no_formulation_synchronises(on_gpu, monkeypatch, method: str, training: bool) -> None:
     model, _ = on_gpu

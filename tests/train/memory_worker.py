@@ -71,18 +71,22 @@ def measure(case: dict, world: int) -> dict[str, int]:
         job = Job(case["kind"])
         groups = [{"name": "loss", "params": list(job.trained.parameters())}]
         engine = Engine(job, groups, OptimizerSettings(), 10, case["micros"], case["strategy"], job.names, "cpu")
-        apply, found = engine._apply, {}
+        apply, seen = engine._apply, {}
 
         def watched(rate: float) -> None:
-            found["backward"], living.peak = living.peak, living.now
+            seen["backward"], living.peak = living.peak, living.now
             apply(rate)
-            found["step"] = living.peak
+            seen["step"] = living.peak
 
         engine._apply = watched
-        for step in range(3):  # moments come with the first step, what ZeRO-3 keeps gathered with the second
+        steps = []
+        for step in range(6):
             start = living.peak = living.now
             engine.step(StepBatch(step, (batch,) * case["micros"], torch.ones(1).double() * case["micros"] * world, 1))
-        found = {name: value - start for name, value in found.items()} | {"always": live_bytes() - before}
+            steps.append({name: value - start for name, value in seen.items()})
+        # moments come with the first step, what ZeRO-3 keeps gathered with the second; of those that follow the least, since on a
+        # machine with other work gloo's thread lets go of a bucket later
+        found = {name: min(one[name] for one in steps[2:]) for name in seen} | {"always": live_bytes() - before}
         del engine._apply
         engine.destroy()
     return found
