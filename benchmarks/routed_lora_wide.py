@@ -15,20 +15,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import about, intervals, say, tidy, write
+from measure import about, say, tidy, time_steps, write
 from quietgoose.kernels.routed_lora import tiles
 from quietgoose.routing.model import attach, detach
 from routed_lora_models import captured, forward, make_library, make_model, tokens_of
 from routed_lora_tune import EVERY, _content
 
-AT_A_TIME = 5  # replays between two looks at the clock
+MOST = 10_000  # replays at a time
 
 
 def arms() -> dict[str, dict[str, list[Any]]]:
@@ -81,21 +79,13 @@ def _batch(options: argparse.Namespace, model: Any, batch: str) -> list[dict[str
                 stack.enter_context(_content(table, content))
             replays[name] = captured(work)
     times: dict[str, list[float]] = {name: [] for name in replays}
-    _steady(replays["base"], model.device, options.seconds)
+    time_steps(replays["base"], model.device, MOST, options.seconds)
     for _ in range(options.rounds):
         for name, replay in replays.items():
-            _steady(replay, model.device, options.seconds / 4)
-            times[name].append(_steady(replay, model.device, options.seconds))
+            time_steps(replay, model.device, MOST, options.seconds / 4)
+            times[name].append(time_steps(replay, model.device, MOST, options.seconds).mean)
     detach(model)
     return [_row(options.shape, options.experts, batch, name, times[name], times["base"]) for name in replays]
-
-
-def _steady(replay: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Milliseconds of a replay, of as many as fill so many seconds, the device waited for now and then."""
-    taken, end = [], time.perf_counter() + seconds
-    while not taken or time.perf_counter() < end:
-        taken += intervals(replay, device, AT_A_TIME)
-    return statistics.fmean(taken)
 
 
 def _row(shape: str, experts: int, batch: str, name: str, times: list[float], base: list[float]) -> dict[str, Any]:

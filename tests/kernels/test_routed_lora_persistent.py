@@ -92,9 +92,8 @@ def test_it_compiles_for_hopper(number: int, name: str) -> None:
     products = [line for line in ptx.splitlines() if "wgmma.mma_async" in line]
     assert len(products) == 2 * TILE.depth // 16
     assert all(f"m64n{TILE.columns}k16.f32.{name}.{name}" in line for line in products)
-    assert (
-        ptx.count("cp.async.bulk.tensor") == 4 + TILE.columns // 64
-    )  # x, W, hm, y; B, whose rows are cut into 128 bytes
+    of_b = TILE.columns // 64  # its rows are cut into 128 bytes
+    assert ptx.count("cp.async.bulk.tensor") == 4 + of_b  # x, W, hm, y
     assert shared <= MOST_SHARED < shared + 2 * TILE.depth * (TILE.rows + TILE.columns)
 
 
